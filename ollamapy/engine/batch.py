@@ -1,0 +1,52 @@
+"""Batch: what one forward pass is told about its tokens. Built from sequences by `engine.scheduler`, read by models and ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tokens of several sequences, concatenated; sequence s owns rows query_start[s]:query_start[s + 1].
+
+    The newest token of a sequence is always its last row. Keys and values of rows are written to the cache
+    (at `slot_mapping`) before attention reads it, so a row at position p attends to positions 0..p of its sequence.
+    """
+
+    token_ids: Tensor  # (num_tokens,) int64
+    positions: Tensor  # (num_tokens,) int64, rope positions
+    slot_mapping: Tensor  # (num_tokens,) int64: block_id * block_size + offset
+    block_table: Tensor  # (num_seqs, max_blocks) int32, rows padded with 0
+    query_start: Tensor  # (num_seqs + 1,) int32, exclusive sums of the query lengths
+    seq_lens: Tensor  # (num_seqs,) int32, tokens in the cache after this step
+    logit_rows: Tensor  # (num_logits,) int64: rows whose logits (or hidden states) are wanted
+    query_lens: list[int]  # host copies of the same facts, so that nothing needs a device sync
+    context_lens: list[int]  # == seq_lens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.query_lens)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """What one layer keeps per token: the shape of its KV cache. `window` > 0: only that many last tokens are attended."""
+
+    num_kv_heads: int
+    key_length: int
+    value_length: int
+    window: int = 0
+
+
+@dataclass(slots=True)
+class KVCache:
+    """One layer's paged cache."""
+
+    key: Tensor  # (num_blocks, block_size, num_kv_heads, key_length)
+    value: Tensor  # (num_blocks, block_size, num_kv_heads, value_length)

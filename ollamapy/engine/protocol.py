@@ -1,0 +1,182 @@
+"""What the daemon and an engine process say to each other, and the plain values both use. No torch.
+
+Frames are a 4-byte little-endian length and a msgpack body (msgspec tagged structs), over one inherited
+socketpair per engine. The daemon sends `Command`s; the engine sends `Event`s, one `Step` per engine step for
+all sequences together. Durations are integer nanoseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How one request is sampled and when it ends. Names and meanings are those of Ollama's options.
+
+    The order of the steps is llama.cpp's: penalties, top_k, typical_p, top_p, min_p, temperature, draw.
+    """
+
+    temperature: float = 0.8  # <= 0: greedy
+    top_k: int = 40  # <= 0: off
+    top_p: float = 0.9  # >= 1: off
+    min_p: float = 0.0
+    typical_p: float = 1.0  # >= 1: off
+    repeat_last_n: int = 64  # 0: off, -1: the whole context
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = -1  # < 0: a random one is drawn when the request is made
+    max_tokens: int = -1  # generated tokens; < 0: until the context is full or a stop id
+    stop_ids: tuple[int, ...] = ()  # end of generation; the id itself is not reported
+    suppress_ids: tuple[int, ...] = ()  # never sampled (padding and unused ids)
+    context_length: int = 0  # this request's num_ctx; 0: the engine's
+    num_keep: int = 4  # head tokens kept at a context shift; -1: the whole prompt
+    shift: bool = True  # False: finish with "length" when the context is full
+    logprobs: int = -1  # -1: none; n >= 0: of the token chosen and of the n likeliest
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What placement decided about one engine: everything its process needs to load and run the model."""
+
+    model_path: str  # GGUF; of a split model, its first file
+    adapter_paths: tuple[str, ...] = ()
+    device: str = "cpu"  # torch device string
+    kv_dtype: Literal["f16", "bf16", "f32"] = "f16"
+    block_size: int = 16  # tokens per KV block
+    num_blocks: int = 256  # KV blocks in the pool, shared by all sequences
+    context_length: int = 4096  # most tokens of one sequence
+    max_num_seqs: int = 64  # sequences that run together
+    max_batch_tokens: int = 512  # token budget of one step
+    num_threads: int = 0  # 0: physical cores
+    kernels: str = ""  # force a kernel family: reference | csrc | triton; "": by capability
+    prefix_cache: bool = True
+
+
+# --- daemon -> engine ---------------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    request_id: int
+    token_ids: list[int]
+    params: SamplingParams
+
+
+class Embed(msgspec.Struct, frozen=True, tag="embed"):
+    request_id: int
+    token_ids: list[int]
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_id: int
+
+
+class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
+    pass
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    pass
+
+
+Command = Generate | Embed | Abort | GetStats | Shutdown
+
+# --- engine -> daemon ---------------------------------------------------------------------------------------
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What was loaded; sizes are measured bytes."""
+
+    architecture: str
+    device: str
+    context_length: int
+    num_blocks: int
+    block_size: int
+    weight_bytes: int
+    kv_bytes: int
+    vram_bytes: int  # of weights and KV, the part on a GPU
+    embedding_length: int
+    kernels: dict[str, str] = {}  # op -> implementation chosen
+    load_ns: int = 0
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """Load progress; `completed` and `total` are bytes of weights."""
+
+    status: str
+    completed: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    info: EngineInfo
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # likeliest first, at most SamplingParams.logprobs of them
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """Why a request ended and what it cost. `prompt_tokens` counts cached ones too."""
+
+    reason: FinishReason
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_ns: int = 0  # from its first scheduled step to its first token
+    decode_ns: int = 0  # from its first token to its last
+    queue_ns: int = 0  # from arrival to its first scheduled step
+    num_shifts: int = 0  # context shifts
+    error: str = ""
+
+
+class Output(msgspec.Struct, frozen=True):
+    """What one step did for one request; the last one carries `finish`."""
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = []
+    finish: Finish | None = None
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    outputs: list[Output]
+
+
+class Embedding(msgspec.Struct, frozen=True, tag="embedding"):
+    """`vector` is little-endian float32, pooled, not normalised. A non-empty `error` means it failed."""
+
+    request_id: int
+    vector: bytes
+    num_tokens: int
+    error: str = ""
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    num_running: int
+    num_waiting: int
+    free_blocks: int
+    cached_blocks: int  # unreferenced, kept for prefix reuse
+    used_blocks: int
+    total_blocks: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    num_preemptions: int
+    num_steps: int
+    integrity: str = "ok"  # or what check_integrity() found
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The engine cannot load or go on; its process ends after this. `status` is the HTTP status to answer."""
+
+    error: str
+    status: int = 500
+
+
+Event = Loading | Ready | Step | Embedding | Stats | Fatal
