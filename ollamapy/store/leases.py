@@ -1,0 +1,117 @@
+"""Who is using which blobs, so that none is collected under a running create. Knows nothing of manifests.
+
+Within a process: counted leases, and holds on fresh uploads until a manifest refers to them (or an hour has passed).
+Between processes: two bytes of the file `.lock` in the store's folder, locked with POSIX record locks (per process, so
+that one's own shared lock never stands in one's own way). Byte 0 is shared by every process with leases or holds and
+taken exclusively, without waiting, by a collector: while another process works, nothing is collected. Byte 1 is
+exclusive around each change of a manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ollamapy.store.digest import Digest
+
+HOLD_SECONDS = 3600.0
+_IN_USE, _CHANGING = 0, 1
+_BUSY = (errno.EACCES, errno.EAGAIN)
+
+
+class Leases:
+    """One per Library. `mutex` guards every change of the store within this process."""
+
+    def __init__(self, root: Path) -> None:
+        self.mutex = threading.RLock()
+        self._path = root / ".lock"
+        self._fd = -1
+        self._counts: Counter[Digest] = Counter()
+        self._running = 0
+        self._holds: dict[Digest, float] = {}
+        self._changing = 0
+
+    @contextmanager
+    def lease(self, digests: Iterable[Digest] = ()) -> Iterator[None]:
+        """While it is open these blobs, and all that are held or written meanwhile, are not collected by anyone."""
+        taken = list(digests)
+        with self.mutex:
+            self._counts.update(taken)
+            self._running += 1
+            self._share()
+        try:
+            yield
+        finally:
+            with self.mutex:
+                self._counts.subtract(taken)
+                self._counts += Counter()  # drops what is no longer counted
+                self._running -= 1
+                self._share()
+
+    def hold(self, digest: Digest) -> None:
+        """A blob was uploaded, or a client was told that it is there: it will soon be asked for."""
+        with self.mutex:
+            self._holds[digest] = time.monotonic() + HOLD_SECONDS
+            self._share()
+
+    def release(self, digests: Iterable[Digest]) -> None:
+        """A manifest refers to these now."""
+        with self.mutex:
+            for digest in digests:
+                self._holds.pop(digest, None)
+            self._share()
+
+    def in_use(self, digest: Digest) -> bool:
+        return self._counts[digest] > 0 or digest in self._holds
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change of a manifest and what goes with it; one at a time over all threads and processes."""
+        with self.mutex:
+            if self._changing == 0:
+                fcntl.lockf(self._file(), fcntl.LOCK_EX, 1, _CHANGING)
+            self._changing += 1
+            try:
+                yield
+            finally:
+                self._changing -= 1
+                if self._changing == 0:
+                    fcntl.lockf(self._file(), fcntl.LOCK_UN, 1, _CHANGING)
+
+    @contextmanager
+    def collecting(self) -> Iterator[bool]:
+        """Yields whether blobs may be removed: False while another process is at work."""
+        with self.mutex:
+            try:
+                fcntl.lockf(self._file(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _IN_USE)
+            except OSError as error:
+                if error.errno not in _BUSY:
+                    raise
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                self._share()
+
+    def _share(self) -> None:
+        now = time.monotonic()
+        self._holds = {digest: until for digest, until in self._holds.items() if until > now}
+        if self._running or self._holds:
+            fcntl.lockf(self._file(), fcntl.LOCK_SH, 1, _IN_USE)
+        elif self._fd >= 0:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _IN_USE)
+
+    def _file(self) -> int:
+        """The lock file; it stays open, because closing any descriptor of it would drop this process's locks."""
+        if self._fd < 0:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._fd
