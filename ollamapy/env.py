@@ -84,6 +84,7 @@ class Settings:
     debug: str = _variable("OLLAMA_DEBUG", str, "", "1: debug log, 2: trace")
     editor: str = _variable("OLLAMA_EDITOR", str, "", "Editor for long prompts (Ctrl+G)")
     device: str = _variable("OLLAMAPY_DEVICE", str, "", "Force a device: cpu, cuda, cuda:1 (default: the best there is)")
+    cuda_visible_devices: str | None = _variable("CUDA_VISIBLE_DEVICES", str, None, "GPUs to use, by number or UUID (-1: none)")
     kernels: str = _variable("OLLAMAPY_KERNELS", str, "", "Force a kernel family: reference, csrc or triton")
     cpu_isa: str = _variable("OLLAMAPY_CPU_ISA", str, "", "Force an instruction set: base, avx2, avx512vnni, avx512bf16")
     no_extension: bool = _variable("OLLAMAPY_NO_EXTENSION", _boolean, False, "Do not load or build the C++ extension")
@@ -100,7 +101,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     values: dict[str, Any] = {}
     for f in fields(Settings):
         text = environ.get(f.metadata["name"], "").strip().strip("\"'")
-        if not text:
+        empty_counts = f.name == "cuda_visible_devices" and f.metadata["name"] in environ  # CUDA: empty means none
+        if not text and not empty_counts:
             continue
         try:
             values[f.name] = f.metadata["parse"](text)
@@ -110,6 +112,11 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     models = values.get("models", home / ".ollama" / "models")
     values["models"] = home / models.relative_to("~") if models.parts[:1] == ("~",) else models
     return Settings(**values)
+
+
+def child_environment(**overrides: str) -> dict[str, str]:
+    """The environment of a process that the daemon starts: its own, with `overrides`."""
+    return {**os.environ, **overrides}
 
 
 def help_text(names: tuple[str, ...] | None = None) -> str:

@@ -1,0 +1,35 @@
+"""The engine process: torch's threads, the model and the engine that a Plan describes. The only file here that imports torch.
+
+Imported by the forkserver before any engine exists, so nothing here may start a thread or touch a device at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+
+import torch
+
+from ollamapy.engine.engine import Engine
+from ollamapy.engine.protocol import Plan
+from ollamapy.gguf.reader import GGUFFile
+from ollamapy.lifecycle.devices import physical_cores
+from ollamapy.lifecycle.loop import Loop, Progress
+from ollamapy.models.load import load_model
+
+log = logging.getLogger(__name__)
+
+
+def build_engine(plan: Plan, progress: Progress) -> Engine:
+    """Loads the model. Raises GGUFError, UnsupportedModel, MemoryError and what torch raises."""
+    torch.set_num_threads(plan.num_threads or physical_cores())
+    torch.set_num_interop_threads(1)
+    log.info("loading %s on %s with %d threads", Path(plan.model_path).name, plan.device, torch.get_num_threads())
+    with GGUFFile.open(plan.model_path) as file:
+        model = load_model(file, torch.device(plan.device), progress)
+    return Engine(model, plan)
+
+
+def main(sock: socket.socket, plan: Plan) -> None:
+    Loop(sock, plan, build_engine).run()

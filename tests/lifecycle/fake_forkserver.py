@@ -1,0 +1,144 @@
+"""A forkserver whose engines are fakes that misbehave on demand: real processes and sockets, no torch, no model.
+
+A fake engine's "model" is a JSON file of faults (see `Faults`), or a GGUF file whose `general.description` is that JSON.
+Each generation yields tokens 1, 2, 3, ... of which `Faults.step_seconds` is the pace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+import msgspec
+
+from ollamapy.engine import protocol
+from ollamapy.engine.protocol import EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
+from ollamapy.errors import BadRequest, UnsupportedModel
+from ollamapy.gguf.reader import GGUFFile, is_gguf
+from ollamapy.lifecycle import forkserver
+from ollamapy.lifecycle.loop import Loop, Progress
+
+
+class Faults(msgspec.Struct):
+    """What goes wrong. A path named by `trace` gets a line per load and per abort: "load <pid>", "abort <time>"."""
+
+    trace: str = ""
+    load_seconds: float = 0.0  # with progress every 50 ms
+    hang_at_load: bool = False
+    die_at_load: bool = False
+    die_at_load_until: str = ""  # while this file exists
+    raise_at_load: str = ""  # an UnsupportedModel with this text
+    memory_error_at_load: bool = False
+    step_seconds: float = 0.01
+    die_at_token: int = 0
+    raise_at_token: int = 0
+    hang_at_token: int = 0
+    weight_bytes: int = 1000
+
+
+def read_faults(path: Path) -> Faults:
+    if not is_gguf(path):
+        return msgspec.json.decode(path.read_bytes(), type=Faults)
+    with GGUFFile.open(path) as file:
+        return msgspec.json.decode(file.metadata.get("general.description", "{}"), type=Faults)
+
+
+class FakeEngine:
+    """Counts. `max_tokens` of a request bounds it; an empty prompt is refused."""
+
+    def __init__(self, plan: Plan, faults: Faults) -> None:
+        self._plan, self._faults = plan, faults
+        self._running: dict[int, tuple[int, int, int]] = {}  # request -> prompt tokens, most tokens, tokens so far
+        self._embeds: list[tuple[int, list[int]]] = []
+        self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._embeds)
+
+    def add(self, request_id: int, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise BadRequest("the prompt is empty")
+        self._running[request_id] = (len(token_ids), params.max_tokens, 0)
+
+    def embed(self, request_id: int, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise BadRequest("nothing to embed")
+        self._embeds.append((request_id, token_ids))
+
+    def abort(self, request_id: int) -> None:
+        self._running.pop(request_id, None)
+        self.trace(f"abort {time.time()}")
+
+    def step(self) -> list[Event]:
+        time.sleep(self._faults.step_seconds)
+        self._steps += 1
+        events: list[Event] = [protocol.Embedding(i, b"\0\0\x80?" * 4, len(ids)) for i, ids in self._embeds]
+        self._embeds.clear()
+        outputs = [self._advance(request_id) for request_id in list(self._running)]
+        return [*events, Step(outputs)] if outputs else events
+
+    def _advance(self, request_id: int) -> Output:
+        prompt, most, count = self._running[request_id]
+        count += 1
+        self._fault(count)
+        self._running[request_id] = (prompt, most, count)
+        finish = None
+        if count == most:
+            del self._running[request_id]
+            finish = Finish("length", prompt, completion_tokens=count)
+        return Output(request_id, [count], finish=finish)
+
+    def _fault(self, count: int) -> None:
+        if count == self._faults.die_at_token:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count == self._faults.raise_at_token:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        if count == self._faults.hang_at_token:
+            time.sleep(1000)
+
+    def stats(self) -> Stats:
+        return Stats(len(self._running), 0, 10, 0, 0, 10, 0, 0, 0, self._steps)
+
+    def info(self) -> EngineInfo:
+        plan, weights = self._plan, self._faults.weight_bytes
+        return EngineInfo("llama", plan.device, plan.context_length, plan.num_blocks, plan.block_size, weights, 500, 0, 4)
+
+    def trace(self, line: str) -> None:
+        if self._faults.trace:
+            with open(self._faults.trace, "a") as file:
+                file.write(line + "\n")
+
+
+def build(plan: Plan, progress: Progress) -> FakeEngine:
+    faults = read_faults(Path(plan.model_path))
+    engine = FakeEngine(plan, faults)
+    engine.trace(f"load {os.getpid()} {json.dumps(msgspec.to_builtins(plan))}")
+    if faults.hang_at_load:
+        time.sleep(1000)
+    if faults.die_at_load or (faults.die_at_load_until and Path(faults.die_at_load_until).exists()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if faults.raise_at_load:
+        raise UnsupportedModel(faults.raise_at_load)
+    if faults.memory_error_at_load:
+        raise MemoryError
+    end = time.monotonic() + faults.load_seconds
+    while (left := end - time.monotonic()) > 0:
+        progress("loading", int((1 - left / faults.load_seconds) * 100), 100)
+        time.sleep(min(left, 0.05))
+    return engine
+
+
+def main(sock: socket.socket, plan: Plan) -> None:
+    Loop(sock, plan, build).run()
+
+
+if __name__ == "__main__":
+    forkserver.run(lambda: main, sys.argv[1:])
