@@ -77,7 +77,7 @@ def test_real_tensors_equal_gguf_py(model: str, request: pytest.FixtureRequest) 
 
 PEAK = """
 import resource, torch
-from ollamapy.gguf.types import GGMLType
+from ollamapy.gguf.types import GGMLType, tensor_nbytes
 from ollamapy.quant.tensor import QuantTensor
 shape = (16384, 1024)
 data = torch.zeros(tensor_nbytes(GGMLType.Q6_K, shape), dtype=torch.uint8)
