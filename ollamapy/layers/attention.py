@@ -1,0 +1,96 @@
+"""Attention of one layer: project, normalise, turn, remember, attend, project back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ollamapy import ops
+from ollamapy.engine.batch import KVCache
+from ollamapy.layers.layer import Declared, Layer, Part
+from ollamapy.layers.linear import Linear
+from ollamapy.layers.norm import RMSNorm
+from ollamapy.layers.spec import AttentionSpec, Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of one forward pass share. Rows are the batch's, padded with rows that belong to nobody."""
+
+    plan: Any  # of ops.attention
+    slot_mapping: Tensor
+    rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # cos and sin (n, 1, n_rot)
+    temperature: Tensor | None  # (n, 1, 1), for layers with query_temperature
+
+
+class Sinks(Layer):
+    """An extra logit per head (H)."""
+
+    weight: Tensor
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__(weight=Declared((num_heads,), "dense"))
+
+
+class Attention(Part):
+    """(n, E) -> (n, E); writes the rows' keys and values to the cache before it reads it."""
+
+    def __init__(self, spec: AttentionSpec, embedding_length: int, norm_eps: float) -> None:
+        super().__init__()
+        self.spec = spec
+        self.widths = (
+            spec.num_heads * spec.key_length,
+            spec.num_kv_heads * spec.key_length,
+            spec.num_kv_heads * spec.value_length,
+        )
+        if spec.fused_qkv:
+            self.attn_qkv = Linear(embedding_length, sum(self.widths), bias=spec.qkv_bias[0])
+        else:
+            self.attn_q = Linear(embedding_length, self.widths[0], bias=spec.qkv_bias[0])
+            self.attn_k = Linear(embedding_length, self.widths[1], bias=spec.qkv_bias[1])
+            self.attn_v = Linear(embedding_length, self.widths[2], bias=spec.qkv_bias[2])
+        self.attn_output = Linear(spec.num_heads * spec.value_length, embedding_length, bias=spec.output_bias)
+        self.attn_q_norm: nn.Module = RMSNorm(spec.key_length, norm_eps) if spec.qk_norm else nn.Identity()
+        self.attn_k_norm: nn.Module = RMSNorm(spec.key_length, norm_eps) if spec.qk_norm else nn.Identity()
+        if spec.sinks:
+            self.attn_sinks = Sinks(spec.num_heads)
+        self._project = self._project_fused if spec.fused_qkv else self._project_each
+        self._temper = self._by_position if spec.query_temperature else self._as_it_is
+
+    def forward(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:
+        spec = self.spec
+        q, k, v = self._project(x)
+        q = self.attn_q_norm(q.view(-1, spec.num_heads, spec.key_length))
+        k = self.attn_k_norm(k.view(-1, spec.num_kv_heads, spec.key_length))
+        cos, sin = step.rotary[spec.rope]
+        ops.rope(q, k, cos, sin, spec.interleaved_rope)
+        ops.write_kv(k, v.view(-1, spec.num_kv_heads, spec.value_length), cache, step.slot_mapping)
+        seen = ops.attention(
+            self._temper(q, step),
+            cache,
+            step.plan,
+            scale=spec.scale,
+            window=spec.window,
+            cap=spec.softcap,
+            sinks=self.attn_sinks.weight if spec.sinks else None,
+            causal=spec.causal,
+        )
+        out: Tensor = self.attn_output(seen)
+        return out
+
+    def _project_each(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn_q(x), self.attn_k(x), self.attn_v(x)
+
+    def _project_fused(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(self.attn_qkv(x), list(self.widths), dim=1)
+
+    def _by_position(self, q: Tensor, step: Step) -> Tensor:
+        assert step.temperature is not None
+        return q.mul_(step.temperature)
+
+    def _as_it_is(self, q: Tensor, step: Step) -> Tensor:
+        return q

@@ -1,0 +1,25 @@
+"""Linear: a matrix in whatever form its kernel wants."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ollamapy import ops
+from ollamapy.layers.layer import Declared, Layer
+
+
+class Linear(Layer):
+    """(n, in) -> (n, out)."""
+
+    weight: ops.Weight
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, tied_to: str = "") -> None:
+        """`tied_to` names the tensor that this layer shares with another."""
+        super().__init__(
+            weight=Declared((out_features, in_features), "linear", (tied_to,) if tied_to else ()),
+            bias=Declared((out_features,), "dense") if bias else None,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)

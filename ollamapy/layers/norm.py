@@ -1,0 +1,21 @@
+"""Normalisation over the last dimension."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ollamapy import ops
+from ollamapy.layers.layer import Declared, Layer
+
+
+class RMSNorm(Layer):
+    """The weight is the file's: converters of gemma have added the 1 already."""
+
+    weight: Tensor
+
+    def __init__(self, length: int, eps: float) -> None:
+        super().__init__(weight=Declared((length,), "dense"))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,22 @@
+"""gemma3 (text): gemma2 without caps, with normalised q and k; five windowed layers to one full one.
+
+Windowed layers turn with their own base and no scaling (`config.py`).
+"""
+
+from __future__ import annotations
+
+import math
+
+from ollamapy.models.decoder import Decoder, Traits
+
+LAYERS_OF_27B = 62  # no key tells that the 27B scales by E / heads and not by key_length
+
+
+class Gemma3(Decoder):
+    traits = Traits(activation="gelu_tanh", qk_norm=True, post_norms=True, scale_embedding=True)
+
+    def attention_scale(self, key_length: int) -> float:
+        config = self.config
+        if config.block_count == LAYERS_OF_27B:
+            return 1.0 / math.sqrt(config.embedding_length / config.num_heads[0])
+        return 1.0 / math.sqrt(key_length)

@@ -1,0 +1,109 @@
+"""From an open GGUF file to a model on a device. Every tensor has its place and every place its tensor, or it is an error."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ollamapy import ops
+from ollamapy.errors import UnsupportedModel
+from ollamapy.gguf.reader import GGUFFile
+from ollamapy.layers.layer import Declared, Layer, declared_tensors
+from ollamapy.models import ARCHITECTURES
+from ollamapy.models.config import ModelConfig
+from ollamapy.models.decoder import Decoder
+from ollamapy.quant.tensor import QuantTensor
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with a status, the bytes of weights done and those to do."""
+
+OTHER_MODALITIES = ("v.", "mm.", "a.")  # vision and audio towers that some files carry beside the text model
+_SHOWN = 12  # names listed in an error
+
+
+def load_model(file: GGUFFile, device: torch.device, progress: Progress | None = None, *, context_length: int = 0) -> Decoder:
+    """A model ready to run, its weights in the form of the kernels chosen for the device (`ops.choose`).
+
+    `context_length` is the longest sequence that will be run (0: what the file says); longrope models choose factors by it.
+    Raises UnsupportedModel for an architecture, tensors or shapes that cannot be run, naming them. Weights that are used as
+    they lie in the file stay mapped after the file is closed.
+    """
+    config = ModelConfig.from_gguf(file.metadata)
+    skipped = {name for name in file.tensors if name.startswith(OTHER_MODALITIES)}
+    if skipped:
+        log.info("leaving out %d vision and audio tensors: only text is supported", len(skipped))
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items() if name not in skipped}
+    model = _architecture(config.architecture)(config, shapes, context_length)
+    wanted = [(name, layer, key, declared) for name, layer, key, declared in declared_tensors(model)]
+    _check({declared.sources or (name,): declared for name, _, _, declared in wanted}, shapes)
+    _load(file, wanted, device, progress or (lambda status, completed, total: None))
+    model.prepare(device)
+    model.weight_bytes = measure(model)
+    return model
+
+
+def _architecture(name: str) -> type[Decoder]:
+    module, cls = ARCHITECTURES[name].split(".")
+    found: type[Decoder] = getattr(importlib.import_module(f"ollamapy.models.{module}"), cls)
+    return found
+
+
+def _check(wanted: dict[tuple[str, ...], Declared], shapes: dict[str, tuple[int, ...]]) -> None:
+    expected = {}
+    for sources, declared in wanted.items():
+        shape = declared.shape if len(sources) == 1 else declared.shape[1:]
+        expected.update(dict.fromkeys(sources, shape))
+    problems = []
+    missing = [name for name in expected if name not in shapes]
+    left_over = [name for name in shapes if name not in expected]
+    wrong = [f"{name} {shapes[name]}, not {shape}" for name, shape in expected.items() if shapes.get(name, shape) != shape]
+    for title, names in (("missing tensors", missing), ("unknown tensors", left_over), ("tensors of another shape", wrong)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            problems.append(f"{title}: {', '.join(names[:_SHOWN])}{more}")
+    if problems:
+        raise UnsupportedModel("the model file does not fit its architecture; " + "; ".join(problems))
+
+
+def _load(file: GGUFFile, wanted: list[tuple[str, Layer, str, Declared]], device: torch.device, progress: Progress) -> None:
+    jobs = [(layer, key, declared, declared.sources or (name,)) for name, layer, key, declared in wanted]
+    total = sum(file.tensors[source].nbytes for *_, sources in jobs for source in sources)
+    completed = 0
+    progress("loading", completed, total)
+    for layer, key, declared, sources in jobs:
+        layer.load(key, ops.prepare(_read(file, sources), device, declared.use))
+        completed += sum(file.tensors[source].nbytes for source in sources)
+        progress("loading", completed, total)
+
+
+def _read(file: GGUFFile, sources: tuple[str, ...]) -> QuantTensor:
+    """One tensor of the file as it lies there, or several stacked along a new first dimension."""
+    parts = [QuantTensor.from_file(file, source) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    if any(part.type is not parts[0].type for part in parts):
+        raise UnsupportedModel(f"the experts {sources[0]} and following are not all of one type")
+    return QuantTensor(torch.stack([part.data for part in parts]), parts[0].type, (len(parts), *parts[0].shape))
+
+
+def measure(model: Decoder) -> int:
+    """Bytes of memory that the weights take; tensors that share memory count once."""
+    sizes: dict[int, int] = {}
+
+    def add(value: object) -> None:
+        if isinstance(value, ops.Weight):
+            value = value.data
+        if isinstance(value, QuantTensor):
+            value = value.data
+        if isinstance(value, Tensor):
+            sizes[value.data_ptr()] = max(sizes.get(value.data_ptr(), 0), value.numel() * value.element_size())
+
+    for _, layer, key, _ in declared_tensors(model):
+        add(getattr(layer, key))
+    return sum(sizes.values())

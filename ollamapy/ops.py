@@ -1,0 +1,238 @@
+"""THE dispatch place: op -> implementation, by declared capability. Layers call `ops.*`; nothing else imports a kernel.
+
+`TABLE` is ordered, best first. `choose` resolves it once for a device: the first row whose `needs` has no objection serves
+the op. Ops on weights are resolved once per weight, at load, by `prepare`: a kernel may take some quantization types only.
+A row that is passed over is logged once, with the reason. Adding a kernel is adding a row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ollamapy import reference, reference_attention
+from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.errors import UnsupportedModel
+from ollamapy.gguf.types import TYPES, GGMLType
+from ollamapy.quant.dequant import DEQUANT
+from ollamapy.quant.tensor import QuantTensor
+from ollamapy.reference import Activation, Routing
+from ollamapy.reference_attention import AttentionPlan
+
+log = logging.getLogger(__name__)
+
+FAMILIES = ("csrc", "triton", "reference")
+Use = Literal["linear", "embedding", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an op shall run: on a device and, for ops on weights, on a tensor type."""
+
+    device: torch.device
+    type: GGMLType | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """One implementation of one op. `needs` returns why it cannot serve a place, "" when it can.
+
+    `prepare` brings a weight into the form that `fn` takes; only ops on weights have one.
+    """
+
+    op: str
+    family: str
+    fn: Callable[..., Any]
+    needs: Callable[[Place], str]
+    prepare: Callable[[QuantTensor, torch.device], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A weight in the form its kernel takes, with that kernel."""
+
+    data: Any
+    kernel: Kernel
+    shape: tuple[int, ...]
+
+
+def _anywhere(place: Place) -> str:
+    return ""
+
+
+def _decodable(place: Place) -> str:
+    return "" if place.type in DEQUANT else f"no decoder for {TYPES[place.type].name if place.type is not None else 'it'}"
+
+
+TABLE: tuple[Kernel, ...] = (
+    Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
+    Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),
+    Kernel("moe", "reference", reference.moe, _anywhere),
+    Kernel("pad_rows", "reference", reference.pad_rows, _anywhere),
+    Kernel("rms_norm", "reference", reference.rms_norm, _anywhere),
+    Kernel("layer_norm", "reference", reference.layer_norm, _anywhere),
+    Kernel("rope", "reference", reference.rope, _anywhere),
+    Kernel("gated_activation", "reference", reference.gated_activation, _anywhere),
+    Kernel("softcap", "reference", reference.softcap, _anywhere),
+    Kernel("write_kv", "reference", reference.write_kv, _anywhere),
+    Kernel("plan_attention", "reference", AttentionPlan, _anywhere),
+    Kernel("attention", "reference", reference_attention.attention, _anywhere),
+)
+_WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
+
+
+def kernels_for(op: str) -> list[Kernel]:
+    """The candidates of an op, best first."""
+    return [kernel for kernel in TABLE if kernel.op == op]
+
+
+class Choice:
+    """The kernels in force in this process. One model runs in one process, so there is one."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.family = ""
+        self.fn: dict[str, Callable[..., Any]] = {}
+        self.chosen: dict[str, str] = {}
+        self._logged: set[tuple[str, str]] = set()
+
+    def resolve(self, device: torch.device, family: str) -> None:
+        if family and family not in FAMILIES:
+            raise UnsupportedModel(f'unknown kernel family "{family}" (known: {", ".join(FAMILIES)})')
+        self.device, self.family = device, family
+        self.chosen.clear()
+        for op in {kernel.op for kernel in TABLE} - _WEIGHT_OPS:
+            kernel = self.pick(op, Place(device))
+            self.fn[op] = kernel.fn
+            self.chosen[op] = kernel.family
+
+    def pick(self, op: str, place: Place) -> Kernel:
+        """The first candidate that can serve. A forced family goes first, not alone: it need not have every op."""
+        candidates = sorted(kernels_for(op), key=lambda kernel: bool(self.family) and kernel.family != self.family)
+        refused: list[str] = []
+        for kernel in candidates:
+            reason = kernel.needs(place)
+            if not reason:
+                self._log(op, kernel, refused)
+                return kernel
+            refused.append(f"{kernel.family}: {reason}")
+        raise UnsupportedModel(f"no kernel for {op} on {place.device} ({'; '.join(refused)})")
+
+    def _log(self, op: str, kernel: Kernel, refused: list[str]) -> None:
+        reason = "; ".join(refused)
+        if refused and (op, reason) not in self._logged:
+            self._logged.add((op, reason))
+            log.warning("%s runs on the %s kernel (%s)", op, kernel.family, reason)
+
+
+_choice = Choice()
+_fn = _choice.fn
+
+
+def choose(device: torch.device, family: str = "") -> None:
+    """Resolves the table for a device; `family` is `Settings.kernels`. Weights prepared earlier keep their kernels."""
+    _choice.resolve(device, family)
+
+
+def chosen() -> dict[str, str]:
+    """op -> implementation in force; of ops on weights, those of the weights prepared since `choose`."""
+    return dict(sorted(_choice.chosen.items()))
+
+
+def prepare(weight: QuantTensor, device: torch.device, use: Use) -> Weight | Tensor:
+    """The load-time form of a tensor: a Weight for `linear`, `moe` (3-D) and `embedding`, a float32 Tensor for "dense"."""
+    if use == "dense":
+        return reference.prepare_linear(weight, device)
+    kernel = _choice.pick(use, Place(device, weight.type))
+    assert kernel.prepare is not None
+    names = _choice.chosen.get(use, "").split(", ") if use in _choice.chosen else []
+    _choice.chosen[use] = ", ".join(dict.fromkeys([*names, kernel.family]))
+    return Weight(kernel.prepare(weight, device), kernel, weight.shape)
+
+
+def embedding(token_ids: Tensor, weight: Weight) -> Tensor:
+    """(n,) int64 -> (n, E) float32."""
+    out: Tensor = weight.kernel.fn(token_ids, weight.data)
+    return out
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """(n, K) x (N, K) + (N) -> (n, N). A row's result does not depend on the other rows."""
+    out: Tensor = weight.kernel.fn(x, weight.data, bias)
+    return out
+
+
+def moe(x: Tensor, logits: Tensor, experts: tuple[Weight, Weight, Weight], routing: Routing, kind: Activation) -> Tensor:
+    """Routed gated experts, (n, E) -> (n, E): see `reference.moe`. `experts` are gate, up (X, F, E) and down (X, E, F)."""
+    gate, up, down = experts
+    out: Tensor = _fn["moe"](x, logits, (gate.data, up.data, down.data), routing, kind)
+    return out
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """x with rows of zeros up to the multiple that the linear kernel wants; other ops leave rows beyond the batch's alone."""
+    out: Tensor = _fn["pad_rows"](x)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension."""
+    out: Tensor = _fn["rms_norm"](x, weight, eps)
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension."""
+    out: Tensor = _fn["layer_norm"](x, weight, bias, eps)
+    return out
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Rotary embedding of q and k (n, heads, D), in place; cos and sin (n, 1, n_rot) as in `reference.rope`."""
+    _fn["rope"](q, k, cos, sin, interleaved)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
+    """act(gate) * up; may reuse gate's memory."""
+    out: Tensor = _fn["gated_activation"](gate, up, kind)
+    return out
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), in place."""
+    out: Tensor = _fn["softcap"](x, cap)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+    """Keys and values of the batch's rows to their slots, in the cache's type."""
+    _fn["write_kv"](k, v, cache, slot_mapping)
+
+
+def plan_attention(batch: Batch, block_size: int) -> Any:
+    """What `attention` wants to know about a batch, made once per forward pass."""
+    return _fn["plan_attention"](batch, block_size)
+
+
+def attention(
+    q: Tensor,
+    cache: KVCache,
+    plan: Any,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Paged attention, (n, H, D) -> (n, H * Dv): see `reference_attention.attention`."""
+    out: Tensor = _fn["attention"](q, cache, plan, scale=scale, window=window, cap=cap, sinks=sinks, causal=causal)
+    return out
+
+
+choose(torch.device("cpu"))
