@@ -1,0 +1,41 @@
+"""Finding tags in text that arrives in pieces: what may be the start of a tag is held back. Knows no meaning of tags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Split(NamedTuple):
+    """`before` is free of tags and may be shown; `tag` is the one found, "" when none; `rest` follows it or is held back."""
+
+    before: str
+    tag: str
+    rest: str
+
+
+def held_back(text: str, tags: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a tag could start with (shorter than the whole tag)."""
+    longest = min(len(text), max((len(tag) for tag in tags), default=1) - 1)
+    for size in range(longest, 0, -1):
+        end = text[-size:]
+        if any(tag.startswith(end) for tag in tags):
+            return size
+    return 0
+
+
+def split(text: str, tags: Sequence[str], done: bool = False) -> Split:
+    """Cuts `text` at its first tag; of tags that start at the same place, the longest. `done`: nothing more will come."""
+    found = [(text.find(tag), -len(tag), tag) for tag in tags if tag in text]
+    if found:
+        start, _, tag = min(found)
+        if done or len(tag) == max(map(len, tags)) or not _may_grow(text[start:], tag, tags):
+            return Split(text[:start], tag, text[start + len(tag) :])
+        return Split(text[:start], "", text[start:])
+    held = 0 if done else held_back(text, tags)
+    return Split(text[: len(text) - held], "", text[len(text) - held :])
+
+
+def _may_grow(text: str, tag: str, tags: Sequence[str]) -> bool:
+    """Whether `text`, which starts with `tag`, may yet turn out to start with a longer tag."""
+    return any(len(other) > len(tag) and other.startswith(text) for other in tags)
