@@ -61,7 +61,7 @@ def embedding(token_ids: Tensor, weight: QuantTensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
-    scale = torch.mul(x, x).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    scale = torch.mul(x, x).sum(-1, keepdim=True).div_(x.shape[-1]).add_(eps).rsqrt_()
     return torch.mul(x, scale).mul_(weight)
 
 
@@ -84,8 +84,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> N
         if interleaved:
             partner = turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
         else:
-            half = cos.shape[-1] // 2
-            partner = torch.cat((turned[..., half:], turned[..., :half]), -1)
+            partner = turned.roll(cos.shape[-1] // 2, -1)
         turned.mul_(cos).add_(partner.mul_(sin))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ KEY_TILE = 128
 MAX_TILE_BYTES = 64 << 20  # of scores, and of gathered keys and values, at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
+class Heads(NamedTuple):
     """What attention of one layer looks like to the plan; layers with equal Heads share its index tensors."""
 
     num_heads: int
@@ -29,6 +29,11 @@ class Heads:
     head_length: int  # key_length + value_length
     window: int
     causal: bool
+
+    @property
+    def reach(self) -> int:
+        """A window's first hidden distance."""
+        return self.window if self.causal else self.window // 2 + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +48,23 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Rows that are computed together, with the cache blocks they read."""
+    """Rows that are computed together, with the cache slots they read."""
 
-    rows: Tensor  # (S * L,) int64 batch rows
-    blocks: Tensor  # (S * tiles * KEY_TILE / block_size,) int64
-    hidden: Tensor  # (tiles, S, 1, R, KEY_TILE) bool: keys that a row does not see; R = L * heads per kv head, padded
-    stale: Tensor  # (tiles, S, 1, KEY_TILE, 1) bool: slots of no token of the sequence; they may hold anything, NaN included
+    rows: Tensor | None  # (S * L,) int64 batch rows; None: those from `start` on
+    start: int
     num_sequences: int
     length: int
     tiles: int
+    slots: Tensor  # (tiles * S * Hkv * KEY_TILE,) int64: rows of the cache seen as (num_blocks * block_size * Hkv, D)
+    bias: (
+        Tensor  # (tiles, S, 1, R, KEY_TILE): 0, or -inf for a key the row does not see; R = L * query heads per kv head, padded
+    )
 
 
 class AttentionPlan:
     """One batch's attention: made once per forward pass, its index tensors once for all layers that agree in `Heads`."""
 
     def __init__(self, batch: Batch, block_size: int) -> None:
-        assert KEY_TILE % block_size == 0, f"block_size {block_size} does not divide {KEY_TILE}"
         self.batch, self.block_size = batch, block_size
         self._starts = [0]
         for length in batch.query_lens:
@@ -97,35 +103,40 @@ class AttentionPlan:
     def _group(self, rows: _Rows, heads: Heads) -> _Group:
         batch, device, block_size = self.batch, self.batch.block_table.device, self.block_size
         contexts = [batch.context_lens[s] for s in rows.sequences]
-        reach = heads.window if heads.causal else heads.window // 2 + 1
-        low = [max(first - reach + 1, 0) // KEY_TILE if heads.window else 0 for first in rows.first]
+        low = [max(first - heads.reach + 1, 0) // KEY_TILE if heads.window else 0 for first in rows.first]
         last = [first + rows.length if heads.causal else context for first, context in zip(rows.first, contexts, strict=True)]
         tiles = max(-(-end // KEY_TILE) - start for start, end in zip(low, last, strict=True))
-        count, per_tile = len(rows.sequences), KEY_TILE // block_size
-        origin, seen, first, start = torch.tensor([low, contexts, rows.first, rows.rows], device=device).unsqueeze(-1).unbind(0)
-
-        index = origin * per_tile + torch.arange(tiles * per_tile, device=device)  # (S, blocks)
-        index.clamp_(max=batch.block_table.shape[1] - 1)
-        table = batch.block_table[torch.tensor(rows.sequences, device=device)]
+        count = len(rows.sequences)
+        tables = batch.block_table[torch.tensor(rows.sequences, device=device)].long()
+        origin, seen, first = torch.tensor([low, contexts, rows.first], device=device).unsqueeze(-1).unbind(0)
         key = origin * KEY_TILE + torch.arange(tiles * KEY_TILE, device=device)  # (S, keys) absolute positions
-        stale = key >= seen
-        each = torch.arange(rows.length, device=device)
+        # Positions beyond the sequence read its newest slot: their weight is 0, but a slot of nobody may hold NaN.
+        held = key.minimum(seen - 1)
+        slots = tables.gather(1, held // block_size) * block_size + held % block_size
+        slots = slots.view(count, tiles, 1, KEY_TILE).transpose(0, 1) * heads.num_kv_heads
+        slots = slots + torch.arange(heads.num_kv_heads, device=device).view(-1, 1)  # (tiles, S, Hkv, KEY_TILE)
         group = heads.num_heads // heads.num_kv_heads
-        query = (first + each).repeat_interleave(group, dim=1)  # (S, R) absolute positions
+        query = (first + torch.arange(rows.length, device=device)).repeat_interleave(group, dim=1)  # (S, R) positions
         query = torch.cat((query, query[:, -1:].expand(-1, -query.shape[1] % ROW_TILE)), 1)
-        distance = query.unsqueeze(-1) - key.unsqueeze(1)  # (S, R, keys)
-        hidden = stale.unsqueeze(1) | (distance < 0) if heads.causal else stale.unsqueeze(1).expand_as(distance)
-        if heads.window:
-            hidden = hidden | ((distance if heads.causal else distance.abs()) >= reach)
+        bias = self._bias(query.unsqueeze(-1), key.unsqueeze(1), seen.unsqueeze(1), heads)
+        start = torch.tensor(rows.rows, device=device).unsqueeze(-1)
         return _Group(
-            rows=(start + each).flatten(),
-            blocks=table.gather(1, index).flatten().long(),
-            hidden=hidden.view(count, -1, tiles, KEY_TILE).permute(2, 0, 1, 3).unsqueeze(2).contiguous(),
-            stale=stale.view(count, tiles, KEY_TILE).transpose(0, 1)[:, :, None, :, None].contiguous(),
+            rows=(start + torch.arange(rows.length, device=device)).flatten() if count > 1 else None,
+            start=rows.rows[0],
             num_sequences=count,
             length=rows.length,
             tiles=tiles,
+            slots=slots.flatten(),
+            bias=bias.view(count, -1, tiles, KEY_TILE).permute(2, 0, 1, 3).unsqueeze(2).contiguous(),
         )
+
+    @staticmethod
+    def _bias(query: Tensor, key: Tensor, seen: Tensor, heads: Heads) -> Tensor:
+        """(S, R, keys): -inf where a key is not the sequence's, lies ahead, or is out of the window."""
+        hidden = key > query if heads.causal else (key >= seen).expand(-1, query.shape[1], -1)
+        if heads.window:
+            hidden = hidden | ((query - key if heads.causal else (query - key).abs()) >= heads.reach)
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 def attention(
@@ -150,40 +161,34 @@ def attention(
     out = q.new_zeros(q.shape[0], q.shape[1] * value_length)
     for group in plan.groups(heads):
         queries = _queries(q, group, num_kv_heads, scale)
-        scores = _scores(queries, _gather(cache.key, group), group, cap)
-        total = _softmax(scores, _sink_rows(sinks, group, scores) if sinks is not None else None)
-        answer = _weighted_sum(scores, total, _gather(cache.value, group, clean=True))
+        scores = torch.matmul(queries, _gather(cache.key, group).transpose(-1, -2))  # (tiles, S, Hkv, R, KEY_TILE)
+        if cap:
+            softcap(scores, cap)
+        total = _softmax(scores.add_(group.bias), _sink_rows(sinks, group, scores) if sinks is not None else None)
+        answer = _add_tiles(torch.matmul(scores, _gather(cache.value, group))).div_(total)  # (S, Hkv, R, Dv)
         used = group.length * q.shape[1] // num_kv_heads
         answer = answer[:, :, :used].reshape(group.num_sequences, num_kv_heads, group.length, -1)  # (S, Hkv, L, G * Dv)
-        out[group.rows] = answer.transpose(1, 2).reshape(-1, out.shape[1])
+        answer = answer.transpose(1, 2).reshape(-1, out.shape[1])
+        if group.rows is None:
+            out[group.start : group.start + group.length] = answer
+        else:
+            out.index_copy_(0, group.rows, answer)
     return out
 
 
 def _queries(q: Tensor, group: _Group, num_kv_heads: int, scale: float) -> Tensor:
     """(S, Hkv, R, D) scaled; the rows of a key-value head are its query heads at each position, padded with zeros."""
-    rows = q[group.rows].view(group.num_sequences, group.length, num_kv_heads, -1, q.shape[2]).transpose(1, 2).flatten(2, 3)
-    queries = q.new_zeros(*rows.shape[:2], group.hidden.shape[3], rows.shape[3])
+    rows = q[group.start : group.start + group.length] if group.rows is None else q.index_select(0, group.rows)
+    rows = rows.view(group.num_sequences, group.length, num_kv_heads, -1, q.shape[2]).transpose(1, 2).flatten(2, 3)
+    queries = q.new_zeros(group.num_sequences, num_kv_heads, group.bias.shape[3], q.shape[2])
     torch.mul(rows, scale, out=queries[:, :, : rows.shape[2]])
     return queries
 
 
-def _gather(store: Tensor, group: _Group, clean: bool = False) -> Tensor:
-    """(tiles, S, Hkv, KEY_TILE, D) float32 of the group's blocks. `clean`: slots of no token become 0."""
-    blocks = store.index_select(0, group.blocks).view(group.num_sequences, group.tiles, KEY_TILE, *store.shape[2:])
-    blocks = blocks.permute(1, 0, 3, 2, 4)
-    tiles = torch.empty(blocks.shape, dtype=torch.float32, device=store.device).copy_(blocks)
-    return tiles.masked_fill_(group.stale, 0.0) if clean else tiles
-
-
-def _scores(queries: Tensor, keys: Tensor, group: _Group, cap: float) -> Tensor:
-    """(tiles, S, Hkv, R, KEY_TILE); -inf where a row does not see a key."""
-    tiles, count, heads = keys.shape[:3]
-    scores = torch.empty(tiles, count, heads, queries.shape[2], KEY_TILE, dtype=torch.float32, device=keys.device)
-    for tile in range(tiles):
-        torch.bmm(queries.flatten(0, 1), keys[tile].flatten(0, 1).transpose(1, 2), out=scores[tile].flatten(0, 1))
-    if cap:
-        softcap(scores, cap)
-    return scores.masked_fill_(group.hidden, -torch.inf)
+def _gather(store: Tensor, group: _Group) -> Tensor:
+    """(tiles, S, Hkv, KEY_TILE, D) float32 of a cache (num_blocks, block_size, Hkv, D)."""
+    tiles = store.view(-1, store.shape[3]).index_select(0, group.slots).float()
+    return tiles.view(group.tiles, group.num_sequences, store.shape[2], KEY_TILE, store.shape[3])
 
 
 def _sink_rows(sinks: Tensor, group: _Group, scores: Tensor) -> Tensor:
@@ -194,20 +199,17 @@ def _sink_rows(sinks: Tensor, group: _Group, scores: Tensor) -> Tensor:
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """exp(scores - maximum) in place; returns their sums (S, Hkv, R, 1), the tiles' added in order."""
+    """exp(scores - maximum) in place; returns their sums (S, Hkv, R, 1)."""
     peak = scores.amax(dim=(0, 4), keepdim=True)
     if sinks is not None:
         peak = torch.maximum(peak, sinks)
-    sums = scores.sub_(peak).exp_().sum(-1, keepdim=True)
-    total = sums[0]
-    for tile in range(1, sums.shape[0]):
-        total += sums[tile]
+    total = _add_tiles(scores.sub_(peak).exp_().sum(-1, keepdim=True))
     return total if sinks is None else total.add_((sinks - peak).exp_()[0])
 
 
-def _weighted_sum(weights: Tensor, total: Tensor, values: Tensor) -> Tensor:
-    """(S, Hkv, R, Dv): weights (tiles, S, Hkv, R, KEY_TILE) times values, over `total`; the tiles' parts added in order."""
-    answer = torch.bmm(weights[0].flatten(0, 1), values[0].flatten(0, 1))
-    for tile in range(1, weights.shape[0]):
-        answer += torch.bmm(weights[tile].flatten(0, 1), values[tile].flatten(0, 1))
-    return answer.view(total.shape[0], total.shape[1], total.shape[2], -1).div_(total)
+def _add_tiles(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, one after the other: tiles of zeros at either end change no bit."""
+    total = parts[0]
+    for tile in range(1, parts.shape[0]):
+        total += parts[tile]
+    return total

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.engine.batch import KVCache
 from ollamapy.layers.layer import Declared, Layer, Part
 from ollamapy.layers.linear import Linear
-from ollamapy.layers.norm import RMSNorm
+from ollamapy.layers.norm import RMSNorm, identity
 from ollamapy.layers.spec import AttentionSpec, Rope
 
 
@@ -40,7 +40,6 @@ class Attention(Part):
     """(n, E) -> (n, E); writes the rows' keys and values to the cache before it reads it."""
 
     def __init__(self, spec: AttentionSpec, embedding_length: int, norm_eps: float) -> None:
-        super().__init__()
         self.spec = spec
         self.widths = (
             spec.num_heads * spec.key_length,
@@ -54,14 +53,14 @@ class Attention(Part):
             self.attn_k = Linear(embedding_length, self.widths[1], bias=spec.qkv_bias[1])
             self.attn_v = Linear(embedding_length, self.widths[2], bias=spec.qkv_bias[2])
         self.attn_output = Linear(spec.num_heads * spec.value_length, embedding_length, bias=spec.output_bias)
-        self.attn_q_norm: nn.Module = RMSNorm(spec.key_length, norm_eps) if spec.qk_norm else nn.Identity()
-        self.attn_k_norm: nn.Module = RMSNorm(spec.key_length, norm_eps) if spec.qk_norm else nn.Identity()
+        self.attn_q_norm = RMSNorm(spec.key_length, norm_eps) if spec.qk_norm else identity
+        self.attn_k_norm = RMSNorm(spec.key_length, norm_eps) if spec.qk_norm else identity
         if spec.sinks:
             self.attn_sinks = Sinks(spec.num_heads)
         self._project = self._project_fused if spec.fused_qkv else self._project_each
         self._temper = self._by_position if spec.query_temperature else self._as_it_is
 
-    def forward(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:
+    def __call__(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:
         spec = self.spec
         q, k, v = self._project(x)
         q = self.attn_q_norm(q.view(-1, spec.num_heads, spec.key_length))
@@ -79,8 +78,7 @@ class Attention(Part):
             sinks=self.attn_sinks.weight if spec.sinks else None,
             causal=spec.causal,
         )
-        out: Tensor = self.attn_output(seen)
-        return out
+        return self.attn_output(seen)
 
     def _project_each(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn_q(x), self.attn_k(x), self.attn_v(x)

@@ -16,5 +16,5 @@ class Embedding(Layer):
     def __init__(self, num_rows: int, length: int) -> None:
         super().__init__(weight=Declared((num_rows, length), "embedding"))
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def __call__(self, token_ids: Tensor) -> Tensor:
         return ops.embedding(token_ids, self.weight)

@@ -21,5 +21,5 @@ class Linear(Layer):
             bias=Declared((out_features,), "dense") if bias else None,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)

@@ -14,27 +14,23 @@ class GatedMLP(Part):
     """(n, E) -> (n, E), with gate and up as two tensors."""
 
     def __init__(self, spec: FeedForwardSpec, embedding_length: int) -> None:
-        super().__init__()
         self.activation = spec.activation
         self.ffn_gate = Linear(embedding_length, spec.length)
         self.ffn_up = Linear(embedding_length, spec.length)
         self.ffn_down = Linear(spec.length, embedding_length)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.ffn_down(ops.gated_activation(self.ffn_gate(x), self.ffn_up(x), self.activation))
-        return out
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ffn_down(ops.gated_activation(self.ffn_gate(x), self.ffn_up(x), self.activation))
 
 
 class FusedGatedMLP(Part):
     """(n, E) -> (n, E); one tensor ffn_up (2F, E) has the rows of the gate, then those of up."""
 
     def __init__(self, spec: FeedForwardSpec, embedding_length: int) -> None:
-        super().__init__()
         self.activation = spec.activation
         self.ffn_up = Linear(embedding_length, 2 * spec.length)
         self.ffn_down = Linear(spec.length, embedding_length)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.ffn_up(x).chunk(2, dim=-1)
-        out: Tensor = self.ffn_down(ops.gated_activation(gate, up, self.activation))
-        return out
+        return self.ffn_down(ops.gated_activation(gate, up, self.activation))

@@ -24,7 +24,6 @@ class MixtureOfExperts(Part):
     """(n, E) -> (n, E): see `ops.moe`. `prefix` is the layer's, "blk.3.": names of separate experts are built from it."""
 
     def __init__(self, spec: FeedForwardSpec, embedding_length: int, prefix: str) -> None:
-        super().__init__()
         assert spec.experts is not None
         experts: ExpertsSpec = spec.experts
         self.activation = spec.activation
@@ -38,6 +37,6 @@ class MixtureOfExperts(Part):
         self.ffn_up_exps = Experts(experts.count, experts.length, embedding_length, sources("ffn_up"))
         self.ffn_down_exps = Experts(experts.count, embedding_length, experts.length, sources("ffn_down"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         experts = self.ffn_gate_exps.weight, self.ffn_up_exps.weight, self.ffn_down_exps.weight
         return ops.moe(x, self.ffn_gate_inp(x), experts, self.routing, self.activation)

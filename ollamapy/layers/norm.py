@@ -8,6 +8,11 @@ from ollamapy import ops
 from ollamapy.layers.layer import Declared, Layer
 
 
+def identity(x: Tensor) -> Tensor:
+    """In the place of a norm that a model does not have."""
+    return x
+
+
 class RMSNorm(Layer):
     """The weight is the file's: converters of gemma have added the 1 already."""
 
@@ -17,5 +22,5 @@ class RMSNorm(Layer):
         super().__init__(weight=Declared((length,), "dense"))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.layers.attention import Step
 from ollamapy.layers.block import DecoderBlock
 from ollamapy.layers.embedding import Embedding
+from ollamapy.layers.layer import Module
 from ollamapy.layers.linear import Linear
 from ollamapy.layers.norm import RMSNorm
 from ollamapy.layers.rope import RopeFactors, RotaryTable, inverse_frequencies, magnitude
@@ -40,14 +41,13 @@ class Traits:
     scale_embedding: bool = False  # by sqrt(embedding_length)
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """Pre-norm transformer decoder over a paged KV cache. Attributes are named as the file's tensors."""
 
     traits = Traits()
 
     def __init__(self, config: ModelConfig, shapes: Shapes, context_length: int = 0) -> None:
         """`context_length`: the longest sequence that will be run, for rope factors that depend on it; 0: the trained one."""
-        super().__init__()
         self.config = config
         self.context_length = context_length or config.context_length
         self.weight_bytes = 0  # measured by load.py
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         self.rope_factors_long = self._rope_factors("rope_factors_long", shapes)
         self.rope_factors_short = self._rope_factors("rope_factors_short", shapes)
         specs = [self._layer_spec(layer, shapes) for layer in range(config.block_count)]
-        self.blk = nn.ModuleList(DecoderBlock(spec, layer) for layer, spec in enumerate(specs))
+        self.blk = [DecoderBlock(spec, layer) for layer, spec in enumerate(specs)]
         self.output_norm = RMSNorm(config.embedding_length, config.norm_eps)
         tied_to = "" if "output.weight" in shapes else "token_embd.weight"
         self.output = Linear(config.embedding_length, rows, bias="output.bias" in shapes, tied_to=tied_to)
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
     @property
     def layer_states(self) -> list[LayerState]:
         """What each layer keeps per token."""
-        specs = [block.spec.attention for block in self._blocks()]
+        specs = [block.spec.attention for block in self.blk]
         return [LayerState(spec.num_kv_heads, spec.key_length, spec.value_length, spec.window) for spec in specs]
 
     def attention_scale(self, key_length: int) -> float:
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     def prepare(self, device: torch.device) -> None:
         """Once after the tensors are there: the rotary tables, one for all layers that turn alike."""
-        for block in self._blocks():
+        for block in self.blk:
             rope = block.spec.attention.rope
             if rope not in self._rotary:
                 inverse = inverse_frequencies(rope, self._divisors(rope))
@@ -95,17 +95,15 @@ class Decoder(nn.Module):
             x.mul_(self.embedding_scale)
         for block, cache in zip(self.blk, caches, strict=True):
             x = block(x, step, cache)
-        hidden: Tensor = self.output_norm(x[batch.logit_rows])
-        return hidden
+        return self.output_norm(x[batch.logit_rows])
+
+    __call__ = forward
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, E) -> (n, V) float32."""
-        out: Tensor = self.output(hidden)
+        out = self.output(hidden)
         return ops.softcap(out, self.config.final_softcap) if self.config.final_softcap else out
-
-    def _blocks(self) -> list[DecoderBlock]:
-        return [block for block in self.blk if isinstance(block, DecoderBlock)]
 
     def _step(self, batch: Batch, caches: Sequence[KVCache]) -> Step:
         positions = ops.pad_rows(batch.positions)
