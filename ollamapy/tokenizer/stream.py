@@ -34,5 +34,5 @@ class StreamDecoder:
         return self._decoder.decode(raw)
 
     def flush(self) -> str:
-        """Ends the text. The decoder then begins anew."""
+        """Ends the text."""
         return self._decoder.decode(b"", final=True)

@@ -7,8 +7,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from ollamapy.tokenizer.charsmap import CharsMap
 from ollamapy.tokenizer.merge import SPACE
 from ollamapy.tokenizer.vocabulary import TokenType, Vocabulary, wrong
 
@@ -35,13 +36,13 @@ class Unigram:
             words = Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
             self._tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
         charsmap = vocabulary.charsmap()
-        self._normalizer: Any = _precompiled(charsmap) if charsmap else None
+        self._charsmap = CharsMap(charsmap) if charsmap else None
         self._space_prefix = vocabulary.fields.flag("add_space_prefix", True)
         self._merge_spaces = vocabulary.fields.flag("remove_extra_whitespaces", False)
 
     def encode(self, text: str, at_start: bool) -> list[int]:
         """Ids of a stretch of text without special tokens. Every stretch gets its own leading space."""
-        text = self._spaced(self._normalized(text))
+        text = self._spaced(text if self._charsmap is None else self._charsmap.normalize(text))
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
         return [id for n, id in enumerate(ids) if id != self._unk_id or n == 0 or ids[n - 1] != id]
 
@@ -52,26 +53,3 @@ class Unigram:
         if first and self._space_prefix:
             text = text[: first.start()] + " " + text[first.start() :]
         return text.replace(" ", SPACE)
-
-    def _normalized(self, text: str) -> str:
-        if self._normalizer is None:
-            return text
-        try:
-            normalized: str = self._normalizer.normalize_str(text)
-        except BaseException as error:
-            raise _charsmap_error(error) from None
-        return normalized
-
-
-def _precompiled(charsmap: bytes) -> Any:
-    try:
-        return normalizers.Precompiled(charsmap)
-    except BaseException as error:
-        raise _charsmap_error(error) from None
-
-
-def _charsmap_error(error: BaseException) -> BaseException:
-    """A malformed table makes the library panic, and its panics are no `Exception`s; anything else passes."""
-    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return wrong("precompiled_charsmap", f"is malformed: {error}")
-    return error

@@ -110,7 +110,7 @@ class Vocabulary:
     kind: str  # spm | bpe | wordpiece | unigram
     pre: str
     tokens: list[str]
-    types: list[int]
+    types: bytearray
     scores: list[float]
 
     @classmethod
@@ -132,7 +132,7 @@ class Vocabulary:
         if kind in ("spm", "unigram") and "scores" not in fields:
             raise wrong("scores", f"is missing, and {fields.text('model')!r} needs it")
         rows = len(tokens) if embedding_rows is None else embedding_rows
-        vocabulary = cls(fields, kind, pre, tokens[:rows], types[:rows], scores[:rows])
+        vocabulary = cls(fields, kind, pre, tokens[:rows], bytearray(types[:rows]), scores[:rows])
         vocabulary._check_byte_tokens()
         return vocabulary
 
@@ -148,10 +148,8 @@ class Vocabulary:
 
     def of_type(self, *types: TokenType) -> list[int]:
         """Ids of the tokens of these types, ascending."""
-        wanted = set(map(int, types))
-        if not wanted.intersection(self.types):
-            return []
-        return [id for id, type in enumerate(self.types) if type in wanted]
+        wanted = re.compile(b"[%b]" % re.escape(bytes(types)))
+        return [match.start() for match in wanted.finditer(self.types)]
 
     @cached_property
     def byte_ids(self) -> dict[int, int]:
