@@ -25,10 +25,9 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TRUE, _FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")
 
-DEPRECATED = frozenset(
-    ("mirostat", "mirostat_eta", "mirostat_tau", "penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_only")
-    + ("use_mlock", "tfs_z", "numa")
-)
+_NO_LONGER_SAMPLING = ("mirostat", "mirostat_eta", "mirostat_tau", "penalize_newline", "tfs_z")
+_NO_LONGER_RUNNING = ("low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock", "numa")
+DEPRECATED = frozenset((*_NO_LONGER_SAMPLING, *_NO_LONGER_RUNNING))
 """Once options of Ollama: accepted with a warning, without effect."""
 
 

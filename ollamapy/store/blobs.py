@@ -32,7 +32,7 @@ class BlobWriter:
 
     def __init__(self, store: BlobStore, expected: Digest | None) -> None:
         self._store, self._fs, self._expected = store, store.fs, expected
-        self._path = store.folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        self._path = store.temporary()
         self._hash = hashlib.sha256()
         self._fd = -1
         self.size = 0
@@ -106,6 +106,10 @@ class BlobStore:
         """Where the blob is or would be: the one place where a blob's path is made."""
         return self.folder / digest.file_name
 
+    def temporary(self) -> Path:
+        """A new name in the same folder; a file left under it is removed by a later `remove_stale`."""
+        return self.folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+
     def size(self, digest: Digest) -> int | None:
         """Bytes of the blob, None when it is not there."""
         try:
@@ -151,7 +155,7 @@ class BlobStore:
         with explained("write a blob"):
             make_dirs(self.fs, self.root, ("blobs",))
             if size is not None:
-                self._check_space(size)
+                self.check_space(size)
         return BlobWriter(self, expected)
 
     def import_file(self, source: Path, expected: Digest | None = None, progress: Progress | None = None) -> Digest:
@@ -167,7 +171,7 @@ class BlobStore:
                 linked = self._link(source, fd, expected, progress)
                 if linked is not None:
                     return linked
-            self._check_space(status.st_size)
+            self.check_space(status.st_size)
             with BlobWriter(self, expected) as writer:
                 _copy(self.fs, fd, writer, status.st_size, progress)
                 after = os.fstat(fd)
@@ -230,7 +234,8 @@ class BlobStore:
         self.fs.rename(temporary, self.path(digest))
         self.fs.fsync_dir(self.folder)
 
-    def _check_space(self, size: int) -> None:
+    def check_space(self, size: int) -> None:
+        """StoreError when that many bytes do not fit; LARGE ones must leave `reserve`."""
         free = self.fs.free_bytes(self.folder)
         needed = size + (self.reserve if size >= LARGE else 0)
         if needed > free:
@@ -238,7 +243,7 @@ class BlobStore:
 
     def _link(self, source: Path, fd: int, expected: Digest | None, progress: Progress | None) -> Digest | None:
         """The digest, or None when the file cannot be linked (other file system, not allowed)."""
-        temporary = self.folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        temporary = self.temporary()
         try:
             self.fs.link(source.resolve(), temporary)
         except OSError:

@@ -54,3 +54,56 @@ def hash_open(fd: int, size: int, progress: Progress | None) -> Digest:
         if progress is not None:
             progress(done, size)
     return Digest.from_hash(sha256)
+
+
+_WEIGHTS = (
+    ("model*.safetensors", "*/model*.safetensors"),
+    ("consolidated*.safetensors",),
+    ("pytorch_model*.bin",),
+    ("consolidated*.pth",),
+    ("*.gguf",),
+    ("*.bin",),
+)
+"""The files of a folder that are a model's weights: the first row that matches any."""
+
+_BESIDE = ("*.json", "*/*.json", "chat_template.jinja", "tokenizer.model", "*/tokenizer.model")
+
+
+def model_files(path: Path) -> dict[str, Path]:
+    """Relative name -> file: the path itself under its own name, or the model's files in a folder.
+
+    Raises NotFound where a folder has none, BadRequest for links that lead out of it and for files whose content is
+    not what their name says (most often a git-LFS pointer).
+    """
+    if not path.is_dir():
+        return {path.name: path}
+    weights: list[Path] = next(filter(None, (_matches(path, patterns) for patterns in _WEIGHTS)), [])
+    if not weights:
+        raise NotFound("no Modelfile or safetensors files found")
+    root, files = path.resolve(), dict[str, Path]()
+    for file in [*weights, *_matches(path, _BESIDE)]:
+        name = file.relative_to(path).as_posix()
+        if not file.resolve().is_relative_to(root):
+            raise BadRequest(f"insecure path: {name}")
+        _check_content(file, name)
+        files[name] = file
+    return files
+
+
+def _matches(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
+def _check_content(file: Path, name: str) -> None:
+    with opened(file) as fd:
+        head = os.pread(fd, 512, 0)
+    text = not any(byte < 32 and byte not in b"\t\n\f\r\x1b" for byte in head)
+    expected = ""
+    if file.suffix in (".json", ".jinja"):
+        expected = "" if text else "text/plain"
+    elif name.startswith(("pytorch_model", "consolidated")) and file.suffix != ".safetensors":
+        expected = "" if head.startswith(b"PK\x03\x04") else "application/zip"
+    elif file.suffix in (".bin", ".gguf", ".model"):
+        expected = "application/octet-stream" if text else ""
+    if expected:
+        raise BadRequest(f"invalid content type: expected {expected} for {name}")

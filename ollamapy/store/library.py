@@ -6,7 +6,7 @@ Order of commits: a manifest is written after its blobs and removed before them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -118,7 +118,16 @@ class Library:
         """Around the making of a model: while it is open, its blobs are not removed. See `Leases.lease`."""
         return self.leases.lease(digests)
 
-    def check(self, *, deep: bool = False) -> list[str]:
+    def hold(self, digest: Digest) -> None:
+        """A client was told that this blob is there, or is uploading it: keep it for an hour, or until a model has it."""
+        self.leases.hold(digest)
+
+    def add(self, data: bytes) -> tuple[Digest, bool]:
+        """Stores a small blob for a model that is being made; says too whether it was new."""
+        self.leases.hold(Digest.of(data))
+        return self.blobs.add(data)
+
+    def check(self, *, deep: bool = False) -> Sequence[str]:
         """What is wrong with the store, one line each: damaged manifests, missing blobs, and with `deep` wrong content."""
         problems, sizes = [], dict[Digest, int]()
         for name in self.manifests.names():
