@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 log = logging.getLogger(__name__)
 
+GPU_WAIT, GPU_POLL, GPU_SHARE = 5.0, 0.25, 0.75  # seconds, seconds, share of the memory: Ollama's
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -45,6 +48,26 @@ class Devices:
         for limit, used in _memory_limits(Path("/proc/self/cgroup")):
             total, free = min(total, limit), min(free, max(0, limit - used))
         return cls(physical_cores(), total, free, tuple(_gpus(visible)))
+
+    def emptied(self) -> Devices:
+        """As if nothing used any memory."""
+        gpus = tuple(replace(gpu, free=gpu.total) for gpu in self.gpus)
+        return replace(self, free_memory=self.total_memory, gpus=gpus)
+
+    def without(self, nbytes: int) -> Devices:
+        """With less free memory on the CPU's side: what others have been promised."""
+        return replace(self, free_memory=max(0, self.free_memory - nbytes))
+
+
+async def wait_for_gpu_memory(discover: Callable[[], Devices], before: Devices, nbytes: int) -> None:
+    """Until most of `nbytes` is free that was not `before`: a driver gives memory back a moment after a process has ended."""
+    start = sum(gpu.free for gpu in before.gpus)
+    end = time.monotonic() + GPU_WAIT
+    while time.monotonic() < end:
+        now = await asyncio.to_thread(discover)
+        if sum(gpu.free for gpu in now.gpus) - start >= GPU_SHARE * nbytes:
+            return
+        await asyncio.sleep(GPU_POLL)
 
 
 def physical_cores() -> int:

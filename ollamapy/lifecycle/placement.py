@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ollamapy.api.options import Options
@@ -75,6 +75,7 @@ class Placement:
     kv_bytes: int
     workspace_bytes: int
     notes: tuple[str, ...] = ()
+    spilled: bool = False  # on the CPU because no GPU has room
 
     @property
     def total_bytes(self) -> int:
@@ -115,7 +116,7 @@ def plan(
         if placement is not None:
             if options.num_gpu is not None and options.num_gpu <= config.block_count:
                 notes.append(f"num_gpu={options.num_gpu}: a model is not split; all its layers run on the GPU")
-            return _with_notes(placement, notes)
+            return replace(placement, notes=(*notes, *placement.notes))
     if gpus and _must_be_gpu(settings):
         raise _does_not_fit(shape, gpus[0], contexts(config, devices.gpus, settings, options)[-1])
     if gpus:
@@ -125,7 +126,7 @@ def plan(
     for context in candidates:
         placement = shape.on(cpu, context, devices.cpu_cores)
         if placement is not None:
-            return _with_notes(placement, notes)
+            return replace(placement, notes=(*notes, *placement.notes), spilled=bool(gpus))
     raise _does_not_fit(shape, cpu, candidates[-1])
 
 
@@ -256,12 +257,6 @@ def _does_not_fit(shape: _Shape, place: _Place, context: int) -> DoesNotFit:
     return DoesNotFit(
         f"model requires more {kind} memory ({_size(need)} with a context of {context} tokens) than is available "
         f"({_size(place.free)}); use a smaller num_ctx or model, or unload other models"
-    )
-
-
-def _with_notes(placement: Placement, notes: list[str]) -> Placement:
-    return Placement(
-        placement.plan, placement.weight_bytes, placement.kv_bytes, placement.workspace_bytes, (*notes, *placement.notes)
     )
 
 

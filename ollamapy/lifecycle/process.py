@@ -75,6 +75,7 @@ class EngineProcess(asyncio.Protocol):
     def __init__(self, plan: Plan, process: spawner.Engine, on_progress: Callable[[Loading], None] | None) -> None:
         self.plan, self.pid = plan, process.pid
         self.died = asyncio.Event()
+        self.on_death: Callable[[], None] = lambda: None  # called when it ends without being closed
         self.closing = False
         self._process, self._on_progress = process, on_progress
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
@@ -105,6 +106,7 @@ class EngineProcess(asyncio.Protocol):
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: engine, sock=sock)
             engine.info = await engine._loaded(load_timeout if load_timeout > 0 else math.inf)
+            engine._check()  # it may have died a moment after it was ready
         except BaseException:
             engine.closing = True
             engine._ready.cancel()
@@ -226,13 +228,17 @@ class EngineProcess(asyncio.Protocol):
         self.kill()
         self.died.set()
         if not self.closing:
-            log.error("engine process %d has ended with %d requests in flight: %s", self.pid, self.num_requests, self._end())
+            log.error(
+                "engine process %d has ended with %d requests in flight: %s", self.pid, self.num_requests, self.end_reason()
+            )
         for request in self._requests.values():
-            request.fail(self._end())
+            request.fail(self.end_reason())
         waiting: list[asyncio.Future[Any]] = [*self._embeds.values(), *self._stats]
         for future in waiting if self._ready.done() else [*waiting, self._ready]:
             if not future.done():
-                future.set_exception(self._end())
+                future.set_exception(self.end_reason())
+        if not self.closing:
+            self.on_death()
 
     def _take(self, event: Event) -> None:
         if isinstance(event, protocol.Step):
@@ -275,9 +281,10 @@ class EngineProcess(asyncio.Protocol):
 
     def _check(self) -> None:
         if not self.alive:
-            raise self._end()
+            raise self.end_reason()
 
-    def _end(self) -> OllamapyError:
+    def end_reason(self) -> OllamapyError:
+        """What its requests are told when it has ended."""
         if self._failure is not None:
             kind, text = self._failure
             return kind(text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,12 @@ import msgspec
 import psutil
 
 from ollamapy.engine.protocol import SamplingParams
+from ollamapy.gguf.types import GGMLType
+from ollamapy.gguf.writer import write_gguf
 from ollamapy.lifecycle.process import EngineProcess
+from ollamapy.names import ModelName
 from tests.lifecycle.fake_forkserver import Faults
+from tests.tokenizer.builders import spm_metadata
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("fake_forkserver.py")))
 
@@ -22,6 +28,38 @@ COMMAND = (sys.executable, str(Path(__file__).with_name("fake_forkserver.py")))
 def write_faults(path: Path, **faults: Any) -> Path:
     path.write_bytes(msgspec.json.encode(Faults(**faults)))
     return path
+
+
+def write_model(path: Path, **faults: Any) -> Path:
+    """A GGUF file with a header that the daemon believes and no weights; the fake engine reads its faults from it."""
+    metadata = {
+        "general.architecture": "llama",
+        "general.description": msgspec.json.encode(Faults(**faults)).decode(),
+        "llama.context_length": 8192,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        **spm_metadata({"▁a": -1.0, "b": -2.0}),
+    }
+    write_gguf(path, metadata, [("token_embd.weight", GGMLType.F32, (261, 64), bytes(4 * 261 * 64))])
+    return path
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """What `Residents` asks of a model."""
+
+    name: ModelName
+    digest: str
+    model_path: Path | None
+    adapter_paths: tuple[Path, ...] = ()
+
+
+def fake_model(folder: Path, name: str, **faults: Any) -> FakeModel:
+    return FakeModel(ModelName.parse(name), f"digest-{name}", write_model(folder / f"{name}.gguf", **faults))
 
 
 async def collect(engine: EngineProcess, max_tokens: int, prompt: int = 3) -> list[int]:
@@ -49,4 +87,5 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> float:
 
 
 def open_fds() -> int:
+    gc.collect()  # a traceback may hold a mapped file
     return len(os.listdir("/proc/self/fd"))

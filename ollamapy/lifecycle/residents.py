@@ -1,0 +1,298 @@
+"""The models that are loaded: loads them on demand, shares them, keeps them for a while, evicts them. No HTTP, no text.
+
+A request holds a model by `use`. Loads happen one at a time, in the order they were asked for, while loaded models
+keep serving; a load that nobody waits for any more is cancelled and its process ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from ollamapy.api.options import Options
+from ollamapy.env import Settings
+from ollamapy.errors import EngineError, NotFound, ServerBusy
+from ollamapy.lifecycle import placement
+from ollamapy.lifecycle.breaker import Breaker
+from ollamapy.lifecycle.devices import Devices, wait_for_gpu_memory
+from ollamapy.lifecycle.files import ModelFile, ModelFiles
+from ollamapy.lifecycle.placement import DoesNotFit, Placement, RunnerOptions
+from ollamapy.lifecycle.process import EngineProcess
+from ollamapy.lifecycle.resident import Key, LoadedModel, M, ModelLike, Resident, Running
+from ollamapy.lifecycle.spawner import Spawner
+
+log = logging.getLogger(__name__)
+
+DRAIN = 10.0  # seconds that requests get to end when their model is stopped
+QUEUE_FULL = "server busy, please try again.  maximum pending requests exceeded"
+MODELS_PER_DEVICE = 3
+
+
+class _Load:
+    """A load under way and how many requests wait for it. When it is done, each of them has been added as a user."""
+
+    def __init__(self) -> None:
+        self.waiters = 0
+        self.task: asyncio.Task[Resident]
+
+
+class Residents:
+    """All loaded models. Belongs to one event loop; call `start` on it before the first `use`."""
+
+    def __init__(
+        self, settings: Settings, *, discover: Callable[[], Devices] | None = None, spawner: Spawner | None = None
+    ) -> None:
+        self._settings = settings
+        self._discover = discover or (lambda: Devices.discover(settings.cuda_visible_devices))
+        self._spawner = spawner or Spawner()
+        self._files = ModelFiles()
+        self._residents: dict[Key, Resident] = {}
+        self._loads: dict[Key, _Load] = {}
+        self._waiting: Counter[Key] = Counter()
+        self._one_load = asyncio.Lock()  # fair: first come, first served
+        self._breaker = Breaker(time.monotonic)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        """Begins to import torch in the process that engines are forked from; returns at once."""
+        self._spawner.start()
+
+    @asynccontextmanager
+    async def use(
+        self, model: M, options: Options | Mapping[str, object], keep_alive: float | None = None
+    ) -> AsyncIterator[LoadedModel[M]]:
+        """Loads the model if need be and holds it loaded. `keep_alive`: seconds it stays afterwards; None keeps what
+        holds for it, 0 unloads it when its last request ends, negative is forever.
+
+        Raises ServerBusy when too many wait, NotFound when the weights are gone, and what a load raises.
+        """
+        start = time.monotonic_ns()
+        resident = await self._get(model, RunnerOptions.of(options))
+        try:
+            resident.set_keep_alive(keep_alive)
+            yield resident.loaded(model, time.monotonic_ns() - start)
+        finally:
+            self._release(resident)
+
+    def running(self) -> list[Running]:
+        """The loaded models, the one that stays longest first."""
+        rows = [resident.running() for resident in self._residents.values()]
+        rows.sort(key=lambda row: row.expires_at.timestamp() if row.expires_at else float("inf"), reverse=True)
+        return rows
+
+    async def unload(self, model: ModelLike) -> bool:
+        """Stops a model: its requests get up to 10 s, then they are ended. Returns, when it is gone, whether it was there.
+
+        New requests for it wait and load it anew. Cancelling this does not stop the unloading.
+        """
+        resident = self._residents.get(_key(model))
+        if resident is None:
+            return False
+        await asyncio.shield(self._spawn_task(self._retire(resident, DRAIN)))
+        return True
+
+    async def close(self) -> None:
+        """Refuses new requests, gives those that run up to 10 s, and ends all processes."""
+        self._closed = True
+        for load in self._loads.values():
+            load.task.cancel()
+        await asyncio.gather(*(self._retire(resident, DRAIN) for resident in list(self._residents.values())))
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self._spawner.close()
+
+    # --- one request ---
+
+    async def _get(self, model: ModelLike, wanted: RunnerOptions) -> Resident:
+        """A resident of which the caller has become a user."""
+        key = _key(model)
+        self._check_open(key)
+        resident = self._residents.get(key)
+        if resident is not None and self._usable(resident, wanted):
+            if resident.users >= resident.placement.plan.max_num_seqs + self._settings.max_queue:
+                raise ServerBusy(QUEUE_FULL)
+            resident.add_users(1)
+            return resident
+        if self._waiting[key] > self._settings.max_queue:  # one loads, max_queue wait
+            raise ServerBusy(QUEUE_FULL)
+        self._waiting[key] += 1
+        try:
+            while True:
+                resident = await self._join_load(key, model, wanted)
+                if resident.serves(wanted):
+                    return resident
+                self._release(resident)  # others wanted less; load again
+                self._check_open(key)
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+
+    def _check_open(self, key: Key) -> None:
+        if self._closed:
+            raise ServerBusy("the server is shutting down")
+        self._breaker.check(key)
+
+    def _usable(self, resident: Resident, wanted: RunnerOptions) -> bool:
+        return not resident.retiring and resident.engine.alive and resident.serves(wanted)
+
+    async def _join_load(self, key: Key, model: ModelLike, wanted: RunnerOptions) -> Resident:
+        """Waits for the load of `key`, which it begins if none is under way. The caller is then a user of the resident."""
+        load = self._loads.get(key)
+        if load is None:
+            load = self._loads[key] = _Load()
+            load.task = self._spawn_task(self._load(load, key, model, wanted))
+        load.waiters += 1
+        try:
+            return await asyncio.shield(load.task)
+        except asyncio.CancelledError:
+            task = load.task
+            if task.cancelled() and self._closed:
+                raise ServerBusy("the server is shutting down") from None
+            if task.done() and not task.cancelled() and task.exception() is None:
+                self._release(task.result())
+            load.waiters -= 1
+            if not load.waiters and not task.done():
+                del self._loads[key]
+                task.cancel()
+            raise
+
+    def _release(self, resident: Resident) -> None:
+        if resident.remove_user() and self._is_here(resident):
+            if resident.keep_alive <= 0:
+                self._begin_close(resident)
+            else:
+                resident.start_timer(lambda: self._expire(resident))
+
+    # --- loading ---
+
+    async def _load(self, load: _Load, key: Key, model: ModelLike, wanted: RunnerOptions) -> Resident:
+        try:
+            async with self._one_load:
+                resident = await self._loaded(key, model, wanted)
+                resident.add_users(load.waiters)  # nothing is awaited from here to the waiters: it cannot be evicted before
+                return resident
+        finally:
+            if self._loads.get(key) is load:  # not given up, and perhaps begun anew by another request
+                del self._loads[key]
+
+    async def _loaded(self, key: Key, model: ModelLike, wanted: RunnerOptions) -> Resident:
+        old = self._residents.get(key)
+        if old is not None and self._usable(old, wanted):
+            return old
+        keep_alive = self._settings.keep_alive
+        if old is not None:
+            keep_alive = old.keep_alive
+            await self._retire(old)
+        file = await self._open(model)
+        placed = await self._make_room(key, file, wanted)
+        for note in placed.notes:
+            log.warning("%s: %s", model.name.short(), note)
+        try:
+            engine = await EngineProcess.start(self._spawner, placed.plan, load_timeout=self._settings.load_timeout)
+        except EngineError as error:
+            self._breaker.record(key, str(error))
+            raise
+        try:
+            tokenizer = await asyncio.shield(file.tokenizer)
+        except BaseException:
+            await engine.close()
+            raise
+        resident = Resident(model, engine, tokenizer, file, placed, wanted)
+        resident.set_keep_alive(keep_alive)
+        engine.on_death = lambda: self._died(resident)
+        self._residents[key] = resident
+        log.info("%s: loaded on %s in %.2f s", model.name.short(), placed.plan.device, engine.info.load_ns / 1e9)
+        return resident
+
+    async def _open(self, model: ModelLike) -> ModelFile:
+        if model.model_path is not None:
+            with suppress(FileNotFoundError):
+                return await self._files.open(model.model_path)
+        raise NotFound(f'model "{model.name.short()}" not found, try pulling it first')
+
+    async def _make_room(self, key: Key, file: ModelFile, wanted: RunnerOptions) -> Placement:
+        """A placement that fits what is free now, after evicting as many models as that takes. Raises DoesNotFit.
+
+        Nothing is evicted for a model that would not fit an empty machine either.
+        """
+        while True:
+            if self._closing:
+                await asyncio.wait(self._closing)
+            devices = (await asyncio.to_thread(self._discover)).without(sum(r.unused_bytes() for r in self._residents.values()))
+            if len(self._residents) < (self._settings.max_loaded_models or MODELS_PER_DEVICE * max(1, len(devices.gpus))):
+                try:
+                    placed = self._plan(key, file, devices, wanted)
+                except DoesNotFit:
+                    if not self._residents:
+                        raise
+                    self._plan(key, file, devices.emptied(), wanted)
+                else:
+                    if not (placed.spilled and any(resident.on_gpu for resident in self._residents.values())):
+                        return placed
+            await self._evict(devices)
+
+    def _plan(self, key: Key, file: ModelFile, devices: Devices, wanted: RunnerOptions) -> Placement:
+        return placement.plan(file.config, file.weight_bytes, devices, self._settings, wanted, *key)
+
+    # --- ending ---
+
+    async def _evict(self, devices: Devices) -> None:
+        """Ends one model: an idle one before one in use, then the one with the shortest keep_alive, then the longest unused."""
+        resident = min(self._residents.values(), key=lambda r: (r.users > 0, r.keep_alive, r.last_used))
+        log.info("%s: evicted to make room", resident.model.name.short())
+        await self._retire(resident)
+        if resident.on_gpu:
+            await wait_for_gpu_memory(self._discover, devices, resident.engine.info.vram_bytes)
+
+    async def _retire(self, resident: Resident, patience: float | None = None) -> None:
+        """Lets no new request in, waits for those that run, at most `patience` seconds, and ends the engine."""
+        resident.retiring += 1
+        try:
+            await asyncio.wait_for(resident.idle.wait(), patience)
+        except TimeoutError:
+            log.warning("%s: stopped with %d requests in flight", resident.model.name.short(), resident.users)
+        finally:
+            resident.retiring -= 1
+        await asyncio.shield(self._begin_close(resident))
+
+    def _begin_close(self, resident: Resident) -> asyncio.Task[None]:
+        """From now on it is not there; its process ends in the background, and the next load waits for that."""
+        resident.stop_timer()
+        if self._is_here(resident):
+            del self._residents[_key(resident.model)]
+        if resident.closing is None:
+            resident.closing = self._spawn_task(resident.engine.close())
+            self._closing.add(resident.closing)
+            resident.closing.add_done_callback(self._closing.discard)
+        return resident.closing
+
+    def _is_here(self, resident: Resident) -> bool:
+        return self._residents.get(_key(resident.model)) is resident
+
+    def _expire(self, resident: Resident) -> None:
+        log.info("%s: unloaded after its keep_alive", resident.model.name.short())
+        self._begin_close(resident)
+
+    def _died(self, resident: Resident) -> None:
+        if resident.closing is None:
+            self._breaker.record(_key(resident.model), str(resident.engine.end_reason()))
+            self._begin_close(resident)
+
+    def _spawn_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, also when nobody waits any more
+        return task
+
+
+def _key(model: ModelLike) -> Key:
+    return str(model.model_path), tuple(str(path) for path in model.adapter_paths)
