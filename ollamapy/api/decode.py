@@ -1,0 +1,53 @@
+"""JSON bodies to request types, with the leniency of Ollama's decoder: unknown fields and nulls are passed over."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from ollamapy.errors import BadRequest
+
+MAX_DEPTH = 64
+_T = TypeVar("_T")
+# Objects under these names are the user's own: a null in them is a value.
+_VERBATIM = frozenset(["arguments", "tools", "format", "response_format", "model_info", "info"])
+
+
+def decode(body: bytes | bytearray, type: type[_T]) -> _T:
+    """Raises BadRequest for an empty body, malformed JSON, wrong types, and values nested deeper than MAX_DEPTH."""
+    if not body.strip():
+        raise BadRequest("missing request body")
+    try:
+        document = msgspec.json.decode(body)
+        check_depth(document)
+        return msgspec.convert(without_nulls(document), type)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"invalid request: {error}") from None
+    except RecursionError:
+        raise BadRequest(f"invalid request: nested deeper than {MAX_DEPTH}") from None
+
+
+def check_depth(document: Any) -> None:
+    level = [document]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise BadRequest(f"invalid request: nested deeper than {MAX_DEPTH}")
+
+
+def without_nulls(document: Any) -> Any:
+    """Objects without their null members, except in what is the user's own."""
+    if isinstance(document, dict):
+        return {
+            key: value if key in _VERBATIM else without_nulls(value) for key, value in document.items() if value is not None
+        }
+    if isinstance(document, list) and document and isinstance(document[0], dict | list):
+        return [without_nulls(item) for item in document]
+    return document

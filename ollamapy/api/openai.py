@@ -1,0 +1,271 @@
+"""OpenAI's requests, and their translation to Ollama's. Pure functions; what cannot be honoured is a BadRequest that names it.
+
+`options`, `keep_alive`, `top_k` and `min_p` are extensions: clients pass them as extra body fields.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import msgspec
+
+from ollamapy.api.messages import Message, ToolCall, ToolCallFunction
+from ollamapy.api.types import ChatRequest, EmbedRequest, GenerateRequest
+from ollamapy.errors import BadRequest, ContextOverflow, OllamapyError
+
+_ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
+_IMAGE_PREFIXES = tuple(f"data:{kind};base64," for kind in ("image/jpeg", "image/jpg", "image/png", "image/webp", ""))
+_EFFORTS: dict[str, bool | str] = {
+    "none": False,
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "max": "max",
+    "xhigh": "max",
+    "ultra": "max",
+}
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class CallFunction(msgspec.Struct):
+    name: str = ""
+    arguments: str = "{}"
+
+
+class Call(msgspec.Struct):
+    function: CallFunction
+    id: str = ""
+
+
+class ChatMessage(msgspec.Struct):
+    role: str
+    content: Any = None
+    reasoning: str = ""
+    tool_calls: list[Call] = []
+    name: str = ""
+    tool_call_id: str = ""
+
+
+class Sampled(msgspec.Struct, kw_only=True):
+    """What both completion requests have in common. Fields that are not here are accepted and have no effect."""
+
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions = msgspec.field(default_factory=StreamOptions)
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop: Any = None
+    n: int = 1
+    logit_bias: dict[str, float] = {}
+    options: dict[str, Any] = {}
+    keep_alive: Any = None
+    debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
+
+
+class ChatCompletionRequest(Sampled, kw_only=True):
+    messages: list[ChatMessage] = []
+    max_completion_tokens: int | None = None
+    tools: list[Any] = []
+    tool_choice: Any = None
+    functions: list[Any] = []
+    response_format: dict[str, Any] = {}
+    modalities: list[str] = []
+    reasoning_effort: str = ""
+    reasoning: dict[str, Any] = {}
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
+class CompletionRequest(Sampled, kw_only=True):
+    prompt: Any = ""
+    suffix: str = ""
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int = 1
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    model: str = ""
+    input: Any = None
+    dimensions: int = 0
+    encoding_format: str = "float"
+    options: dict[str, Any] = {}
+    keep_alive: Any = None
+
+
+def to_chat(request: ChatCompletionRequest) -> ChatRequest:
+    """Raises BadRequest. A prompt that does not fit the context is an error here, never cut."""
+    if not request.messages:
+        raise BadRequest("[] is too short - 'messages'")
+    _refuse(
+        {
+            "tools": bool(request.tools or request.functions),
+            "tool_choice": request.tool_choice not in (None, "none", "auto"),
+            "response_format": request.response_format.get("type", "text") != "text",
+            "modalities other than text": any(modality != "text" for modality in request.modalities),
+        }
+    )
+    return ChatRequest(
+        model=request.model,
+        messages=[message for given in request.messages for message in _messages(given, request.messages)],
+        stream=request.stream,
+        options=_options(request, request.max_completion_tokens),
+        keep_alive=request.keep_alive,
+        think=_think(request),
+        truncate=False,
+        logprobs=request.logprobs,
+        top_logprobs=request.top_logprobs,
+        debug_render_only=request.debug_render_only,
+    )
+
+
+def to_generate(request: CompletionRequest) -> GenerateRequest:
+    """Raises BadRequest. `logprobs: N` asks for the N likeliest tokens besides the one chosen."""
+    prompt = request.prompt[0] if isinstance(request.prompt, list) and len(request.prompt) == 1 else request.prompt
+    if not isinstance(prompt, str):
+        raise BadRequest("prompt must be a string: several prompts, or token ids, are not supported")
+    _refuse({"echo": request.echo, "best_of above 1": request.best_of > 1})
+    if isinstance(request.stop, list) and not all(isinstance(item, str) for item in request.stop):
+        raise BadRequest("invalid type for 'stop' field: a string or a list of strings is expected")
+    return GenerateRequest(
+        model=request.model,
+        prompt=prompt,
+        suffix=request.suffix,
+        stream=request.stream,
+        options=_options(request),
+        keep_alive=request.keep_alive,
+        truncate=False,
+        logprobs=request.logprobs is not None,
+        top_logprobs=request.logprobs or 0,
+        debug_render_only=request.debug_render_only,
+    )
+
+
+def to_embed(request: EmbeddingRequest) -> EmbedRequest:
+    """Raises BadRequest."""
+    texts = [request.input] if isinstance(request.input, str) else request.input
+    if not texts or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRequest("invalid input")
+    if request.encoding_format not in ("float", "base64"):
+        raise BadRequest(f"invalid encoding_format: {request.encoding_format!r} (must be 'float' or 'base64')")
+    return EmbedRequest(
+        model=request.model,
+        input=texts,
+        dimensions=request.dimensions,
+        truncate=False,
+        options=request.options,
+        keep_alive=request.keep_alive,
+    )
+
+
+def error(failure: OllamapyError) -> dict[str, Any]:
+    """The error body."""
+    code = "context_length_exceeded" if isinstance(failure, ContextOverflow) else None
+    return error_body(failure.status, str(failure), code)
+
+
+def error_body(status: int, text: str, code: str | None = None) -> dict[str, Any]:
+    kind = _ERROR_TYPES.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
+    return {"error": {"message": text, "type": kind, "param": None, "code": code}}
+
+
+def _refuse(asked: dict[str, bool]) -> None:
+    for feature, present in asked.items():
+        if present:
+            raise BadRequest(f"{feature}: not supported yet")
+
+
+def _options(request: Sampled, max_completion_tokens: int | None = None) -> dict[str, Any]:
+    if request.n != 1:
+        raise BadRequest("n: only 1 choice per request is supported")
+    _refuse({"logit_bias": bool(request.logit_bias)})
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop
+    given = {
+        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "top_p": request.top_p or 1.0,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "seed": request.seed,
+        "frequency_penalty": request.frequency_penalty,
+        "presence_penalty": request.presence_penalty,
+        "num_predict": request.max_tokens if max_completion_tokens is None else max_completion_tokens,
+        "stop": [text for text in stop if isinstance(text, str)] if isinstance(stop, list) else None,
+    }
+    return {**{name: value for name, value in given.items() if value is not None}, **request.options}
+
+
+def _think(request: ChatCompletionRequest) -> bool | str | None:
+    effort = request.reasoning.get("effort") or request.reasoning_effort
+    if not effort:
+        return None
+    if effort not in _EFFORTS:
+        raise BadRequest(f"invalid reasoning value: {effort!r} (must be one of {', '.join(_EFFORTS)})")
+    return _EFFORTS[effort]
+
+
+def _messages(given: ChatMessage, all_messages: list[ChatMessage]) -> list[Message]:
+    """One message of ours per content part, as Ollama does."""
+    calls = [_tool_call(call) for call in given.tool_calls] or None
+    name = given.name or _called(given.tool_call_id, all_messages) if given.role == "tool" else ""
+    if isinstance(given.content, list):
+        made = [Message(role=given.role, content=_text_of(part)) for part in given.content]
+    elif isinstance(given.content, str) or (given.content is None and given.tool_calls):
+        made = [Message(role=given.role, content=given.content or "", thinking=given.reasoning)]
+    else:
+        raise BadRequest(f"invalid message content type: {type(given.content).__name__}")
+    for message in made:
+        message.tool_name, message.tool_call_id = name, given.tool_call_id
+    if made and calls:
+        made[-1].tool_calls = calls
+    return made
+
+
+def _text_of(part: object) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind == "image_url" and isinstance(part, dict):
+        image = part.get("image_url")
+        _check_image(image.get("url") if isinstance(image, dict) else image)
+        raise BadRequest("image_url: images are not supported yet")
+    if kind == "input_audio":
+        raise BadRequest("input_audio: audio is not supported yet")
+    raise BadRequest("invalid message format")
+
+
+def _check_image(url: object) -> None:
+    if isinstance(url, str) and url.startswith(("http://", "https://")):
+        raise BadRequest("image URLs are not currently supported, please use base64 encoded data instead")
+    prefix = next((p for p in _IMAGE_PREFIXES if isinstance(url, str) and url.startswith(p)), None)
+    if prefix is None or not isinstance(url, str):
+        raise BadRequest("invalid image input")
+    try:
+        base64.b64decode(url[len(prefix) :], validate=True)
+    except binascii.Error:
+        raise BadRequest("invalid image input") from None
+
+
+def _tool_call(call: Call) -> ToolCall:
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except msgspec.DecodeError:
+        raise BadRequest("invalid tool call arguments") from None
+    return ToolCall(id=call.id, function=ToolCallFunction(name=call.function.name, arguments=arguments))
+
+
+def _called(call_id: str, messages: list[ChatMessage]) -> str:
+    """Name of the function that was called under this id, latest first."""
+    calls = (call for message in reversed(messages) for call in message.tool_calls)
+    return next((call.function.name for call in calls if call.id == call_id), "")

@@ -1,0 +1,146 @@
+"""Ollama's answers in OpenAI's form. Pure: an answer or a line of one in, JSON objects out."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ollamapy.api.types import ChatResponse, EmbedResponse, GenerateResponse, Logprob, Reply
+
+_FINISH = {"repeat": "length"}
+
+
+class _Stream:
+    """What all objects of one response share. `feed` takes the lines of an answer in order; `whole` a folded one."""
+
+    kind: str
+    chunk_kind: str
+    prefix: str
+
+    def __init__(self, model: str, *, include_usage: bool = False) -> None:
+        self.id = f"{self.prefix}-{secrets.token_hex(8)}"
+        self.model, self.include_usage = model, include_usage
+        self.created = int(time.time())
+
+    def _object(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        base = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**base, "system_fingerprint": "fp_ollama", "choices": choices, **more}
+
+    def _chunk(self, choice: dict[str, Any], line: Reply) -> dict[str, Any]:
+        more: dict[str, Any] = {"usage": None} if self.include_usage else {}
+        if line.debug_info is not None:
+            more["_debug_info"] = line.debug_info
+        return self._object(self.chunk_kind, [{"index": 0, **choice}], **more)
+
+    def _usage_chunk(self, line: Reply) -> list[dict[str, Any]]:
+        return [self._object(self.chunk_kind, [], usage=usage(line))] if self.include_usage else []
+
+    def _whole(self, choice: dict[str, Any], answer: Reply) -> dict[str, Any]:
+        more: dict[str, Any] = {} if answer.debug_info is None else {"_debug_info": answer.debug_info}
+        choice = {"index": 0, **choice, "finish_reason": finish_reason(answer)}
+        return self._object(self.kind, [choice], usage=usage(answer), **more)
+
+
+class ChatStream(_Stream):
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, model: str, *, include_usage: bool = False) -> None:
+        super().__init__(model, include_usage=include_usage)
+        self._first = True
+
+    def feed(self, line: ChatResponse) -> list[dict[str, Any]]:
+        """Reasoning and content go in chunks of their own; the last line adds a finish chunk, and usage if asked."""
+        message, chunks = line.message, []
+        if message.thinking:
+            chunks.append(self._delta({"content": "", "reasoning": message.thinking}, line))
+        if message.content or line.logprobs or (line.done and self._first):
+            chunks.append(self._delta({"content": message.content}, line, logprobs=line.logprobs))
+        if line.done:
+            chunks.append(self._chunk({"delta": {}, "finish_reason": finish_reason(line)}, line))
+            chunks += self._usage_chunk(line)
+        return chunks
+
+    def _delta(self, delta: dict[str, Any], line: Reply, logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
+        role = {"role": "assistant"} if self._first else {}
+        self._first = False
+        choice: dict[str, Any] = {"delta": {**role, **delta}, "finish_reason": None}
+        if logprobs:
+            choice["logprobs"] = chat_logprobs(logprobs)
+        return self._chunk(choice, line)
+
+    def whole(self, answer: ChatResponse) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.message.content}
+        if answer.message.thinking:
+            message["reasoning"] = answer.message.thinking
+        logprobs = {"logprobs": chat_logprobs(answer.logprobs)} if answer.logprobs else {}
+        return self._whole({"message": message, **logprobs}, answer)
+
+
+class CompletionStream(_Stream):
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, model: str, *, include_usage: bool = False) -> None:
+        super().__init__(model, include_usage=include_usage)
+        self._offset = 0
+
+    def feed(self, line: GenerateResponse) -> list[dict[str, Any]]:
+        choice = {"text": line.response, "finish_reason": finish_reason(line), **self._logprobs(line)}
+        self._offset += len(line.response)
+        chunks = [self._chunk(choice, line)] if line.response or line.logprobs or line.done else []
+        return chunks + (self._usage_chunk(line) if line.done else [])
+
+    def whole(self, answer: GenerateResponse) -> dict[str, Any]:
+        return self._whole({"text": answer.response, **self._logprobs(answer)}, answer)
+
+    def _logprobs(self, line: GenerateResponse) -> dict[str, Any]:
+        return {"logprobs": text_logprobs(line.logprobs, self._offset)} if line.logprobs else {"logprobs": None}
+
+
+def finish_reason(line: Reply) -> str | None:
+    return _FINISH.get(line.done_reason, line.done_reason) or None
+
+
+def usage(line: Reply) -> dict[str, int]:
+    prompt, completion = line.prompt_eval_count, line.eval_count
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def chat_logprobs(entries: Iterable[Logprob]) -> dict[str, Any]:
+    def entry(one: Any) -> dict[str, Any]:
+        return {"token": one.token, "logprob": one.logprob, "bytes": one.bytes}
+
+    return {"content": [{**entry(e), "top_logprobs": [entry(top) for top in e.top_logprobs]} for e in entries]}
+
+
+def text_logprobs(entries: Sequence[Logprob], offset: int) -> dict[str, Any]:
+    """The parallel lists of /v1/completions; `offset` is where the first token's text begins in the whole text."""
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.token)
+    return {
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [{top.token: top.logprob for top in entry.top_logprobs} for entry in entries],
+        "text_offset": offsets,
+    }
+
+
+def embeddings(answer: EmbedResponse, *, as_base64: bool) -> dict[str, Any]:
+    """Base64 is of little-endian float32."""
+
+    def written(vector: list[float]) -> list[float] | str:
+        return base64.b64encode(array("f", vector).tobytes()).decode() if as_base64 else vector
+
+    data = [{"object": "embedding", "embedding": written(v), "index": i} for i, v in enumerate(answer.embeddings)]
+    tokens = answer.prompt_eval_count
+    return {"object": "list", "data": data, "model": answer.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def model(id: str, created: int, owner: str) -> dict[str, Any]:
+    """`created` is in seconds since 1970."""
+    return {"id": id, "object": "model", "created": created, "owned_by": owner}

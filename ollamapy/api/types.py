@@ -1,0 +1,306 @@
+"""Requests and responses of Ollama's API, as they go over the wire. No behaviour besides decoding rules.
+
+A field without a default is always written; one with a default is left out while it has that value. In requests null
+means absent. Durations are integer nanoseconds; times are RFC 3339 text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ollamapy.api.messages import Message, Tool, ToolCall
+from ollamapy.env import parse_duration
+from ollamapy.errors import BadRequest
+
+MAX_TOP_LOGPROBS = 20
+THINK_LEVELS = ("high", "medium", "low", "max")
+
+
+def lifetime(keep_alive: object) -> float | None:
+    """Seconds of a `keep_alive` (a number, or a Go duration), infinity for a negative one, None where it is absent."""
+    if keep_alive is None:
+        return None
+    if isinstance(keep_alive, int | float) and not isinstance(keep_alive, bool):
+        return float("inf") if keep_alive < 0 else float(keep_alive)
+    if isinstance(keep_alive, str):
+        try:
+            return parse_duration(keep_alive)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+    names = {bool: "bool", list: "array", dict: "object"}
+    raise BadRequest(f"Unsupported type: '{names.get(type(keep_alive), 'unknown')}'")
+
+
+class Inference(msgspec.Struct, kw_only=True):
+    """What /api/generate and /api/chat have in common. `options` is checked by `api.options`."""
+
+    model: str = ""
+    stream: bool = True
+    format: Any = None
+    options: dict[str, Any] = {}
+    keep_alive: Any = None
+    think: bool | str | None = None
+    truncate: bool = True
+    shift: bool = True
+    logprobs: bool = False
+    top_logprobs: int = 0
+    debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.think, str) and self.think not in THINK_LEVELS:
+            levels = ", ".join(f'"{level}"' for level in THINK_LEVELS)
+            raise BadRequest(f'invalid think value: "{self.think}" (must be {levels}, true, or false)')
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise BadRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
+        lifetime(self.keep_alive)
+
+
+class GenerateRequest(Inference, kw_only=True):
+    prompt: str = ""
+    suffix: str = ""
+    system: str = ""
+    template: str = ""
+    context: list[int] = []
+    raw: bool = False
+    images: list[str] = []
+
+
+class ChatRequest(Inference, kw_only=True):
+    messages: list[Message] = []
+    tools: list[Tool] = []
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for message in self.messages:
+            message.role = message.role.lower()
+            message.content = message.content or ""
+
+
+class EmbedRequest(msgspec.Struct, kw_only=True):
+    model: str = ""
+    input: Any = None
+    truncate: bool = True
+    dimensions: int = 0
+    options: dict[str, Any] = {}
+    keep_alive: Any = None
+
+    def __post_init__(self) -> None:
+        lifetime(self.keep_alive)
+
+
+class EmbeddingsRequest(msgspec.Struct, kw_only=True):
+    model: str = ""
+    prompt: str = ""
+    options: dict[str, Any] = {}
+    keep_alive: Any = None
+
+    def __post_init__(self) -> None:
+        lifetime(self.keep_alive)
+
+
+class ModelRequest(msgspec.Struct, kw_only=True):
+    """Names a model in `model`, or in `name` as older clients do: /api/show, /api/delete, /api/pull, /api/push."""
+
+    model: str = ""
+    name: str = ""
+    stream: bool = True
+    verbose: bool = False
+    system: str = ""
+    options: dict[str, Any] = {}
+
+    @property
+    def target(self) -> str:
+        return self.model or self.name
+
+
+class CopyRequest(msgspec.Struct, kw_only=True):
+    source: str = ""
+    destination: str = ""
+
+
+class CreateRequest(msgspec.Struct, kw_only=True):
+    """`from` is written `base` here. `license` is a string or a list of strings; `files` maps relative paths to digests."""
+
+    model: str = ""
+    name: str = ""
+    stream: bool = True
+    base: str = msgspec.field(name="from", default="")
+    files: dict[str, str] = {}
+    adapters: dict[str, str] = {}
+    draft_files: dict[str, str] = {}
+    draft_quantize: str = ""
+    quantize: str = ""
+    quantization: str = ""
+    template: str = ""
+    system: str = ""
+    license: Any = None
+    parameters: dict[str, Any] = {}
+    messages: list[Message] = []
+    renderer: str = ""
+    parser: str = ""
+    requires: str = ""
+    remote_host: str = ""
+    info: dict[str, Any] = {}
+    modelfile: str = ""
+
+    @property
+    def target(self) -> str:
+        return self.model or self.name
+
+
+# --- responses ------------------------------------------------------------------------------------------------
+
+
+class TokenLogprob(msgspec.Struct, kw_only=True):
+    """`bytes` are those of the token, which may be part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class Logprob(TokenLogprob, kw_only=True, omit_defaults=True):
+    top_logprobs: list[TokenLogprob] = []
+
+
+class DebugInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
+    rendered_template: str
+    image_count: int = 0
+
+
+class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One line of an answer. The counts and durations stand in the last, which has `done`.
+
+    Ours besides Ollama's: `truncated` says that the prompt was cut to fit the context, `prompt_tokens_total` how many
+    tokens it had before; `error` is the whole content of a last line that reports a failure.
+    """
+
+    model: str
+    created_at: str
+    done: bool
+    done_reason: str = ""
+    logprobs: list[Logprob] = []
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+    prompt_eval_duration: int = 0
+    eval_count: int = 0
+    eval_duration: int = 0
+    truncated: bool = False
+    prompt_tokens_total: int = 0
+    debug_info: DebugInfo | None = msgspec.field(name="_debug_info", default=None)
+
+
+class GenerateResponse(Reply, kw_only=True, omit_defaults=True):
+    response: str
+    thinking: str = ""
+    tool_calls: list[ToolCall] = []
+    context: list[int] = []
+
+
+class AnswerMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
+    role: str
+    content: str
+    thinking: str = ""
+    tool_calls: list[ToolCall] = []
+
+
+class ChatResponse(Reply, kw_only=True, omit_defaults=True):
+    message: AnswerMessage
+
+
+class EmbedResponse(msgspec.Struct, kw_only=True, omit_defaults=True):
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+    truncated: bool = False
+    prompt_tokens_total: int = 0
+
+
+class EmbeddingsResponse(msgspec.Struct):
+    embedding: list[float]
+
+
+class Details(msgspec.Struct, kw_only=True, omit_defaults=True):
+    parent_model: str
+    format: str
+    family: str
+    families: list[str] | None
+    parameter_size: str
+    quantization_level: str
+    context_length: int = 0
+    embedding_length: int = 0
+
+
+class ListedModel(msgspec.Struct, kw_only=True, omit_defaults=True):
+    name: str
+    model: str
+    remote_model: str = ""
+    remote_host: str = ""
+    modified_at: str
+    size: int
+    digest: str
+    details: Details
+    capabilities: list[str] = []
+
+
+class ListResponse(msgspec.Struct):
+    models: list[ListedModel]
+
+
+class RunningModel(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """`size` and `size_vram` are measured bytes. `engine` (ours, on request) has the engine's figures."""
+
+    name: str
+    model: str
+    size: int
+    digest: str
+    details: Details
+    expires_at: str
+    size_vram: int
+    context_length: int
+    notes: list[str] = []
+    engine: dict[str, Any] = {}
+
+
+class RunningResponse(msgspec.Struct):
+    models: list[RunningModel]
+
+
+class TensorEntry(msgspec.Struct):
+    name: str
+    type: str
+    shape: list[int]
+
+
+class ShowResponse(msgspec.Struct, kw_only=True, omit_defaults=True):
+    license: str = ""
+    modelfile: str = ""
+    parameters: str = ""
+    template: str = ""
+    system: str = ""
+    renderer: str = ""
+    parser: str = ""
+    details: Details
+    messages: list[Message] = []
+    remote_model: str = ""
+    remote_host: str = ""
+    model_info: dict[str, Any]
+    projector_info: dict[str, Any] = {}
+    tensors: list[TensorEntry] = []
+    capabilities: list[str] = []
+    modified_at: str
+    requires: str = ""
+
+
+class Progress(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One line of create, pull or push."""
+
+    status: str
+    digest: str = ""
+    total: int = 0
+    completed: int = 0
