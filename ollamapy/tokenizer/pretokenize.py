@@ -16,7 +16,7 @@ from ollamapy.errors import TokenizerError
 class Pretokenizer:
     """`patterns` and what a name implies besides: words found whole in the vocabulary skip merging (`ignore_merges`),
     bos is added unless a key says otherwise (`add_bos`), there is no default bos (`no_bos`), or merges run on plain
-    text with ▁ for spaces instead of on the byte alphabet (`plain`)."""
+    text with ▁ for spaces, which only runs of newlines cut, instead of on the byte alphabet (`plain`)."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
@@ -153,7 +153,7 @@ def _groups() -> Iterator[tuple[str, Pretokenizer]]:
     yield "superbpe", Pretokenizer((r"\p{N}+", _THREES))
     yield "kimi-k2", Pretokenizer((_KIMI_K2,))
     yield "afmoe", Pretokenizer((r"\p{N}+", _THREES, rf"[{_ASIAN_RUN}]+", _DEEPSEEK3))
-    yield "gemma4 granite-embed-multi-311m sarvam-moe", Pretokenizer((r"[^\n]+|[\n]+",), plain=True)
+    yield "gemma4 granite-embed-multi-311m sarvam-moe", Pretokenizer((), plain=True)
 
 
 PRETOKENIZERS: dict[str, Pretokenizer] = {name: rules for names, rules in _groups() for name in names.split()}

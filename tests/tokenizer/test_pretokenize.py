@@ -53,7 +53,6 @@ def test_every_name_splits_without_loss(name: str) -> None:
         ("kimi-k2", "你好abc 1234", "你好|abc| |123|4"),
         ("afmoe", "x1234567 日本ok", "x|1|234|567| |日本|ok"),
         ("jais-2", "a" + " " * 6 + "b", "a|    | | b"),
-        ("gemma4", "a b\n\nc", "a b|\n\n|c"),
     ],
 )
 def test_splits(name: str, text: str, pieces: str) -> None:
