@@ -88,6 +88,8 @@ class Settings:
     kernels: str = _variable("OLLAMAPY_KERNELS", str, "", "Force a kernel family: reference, csrc or triton")
     cpu_isa: str = _variable("OLLAMAPY_CPU_ISA", str, "", "Force an instruction set: base, avx2, avx512vnni, avx512bf16")
     no_extension: bool = _variable("OLLAMAPY_NO_EXTENSION", _boolean, False, "Do not load or build the C++ extension")
+    cxx: str = _variable("CXX", str, "", "")
+    cache_home: Path = _variable("XDG_CACHE_HOME", Path, Path(), "")  # noqa: RUF009
     home: Path = _variable("HOME", Path, Path(), "")  # noqa: RUF009
 
     def describe(self) -> dict[str, str]:

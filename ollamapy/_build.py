@@ -1,0 +1,160 @@
+"""Compiles csrc/ into one library, `_C.abi3.so`: ahead of time by setup.py, else on first use by `extension`.
+
+Needs a C++20 compiler and the folder of an installed torch; imports neither torch nor setuptools, nor anything of ours
+(setup.py loads this file before the package exists). The library is no Python module: it is loaded as a torch library.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+LIBRARY = "_C.abi3.so"
+# Torch's stable ABI of 2.11: the library runs on that and everything later. A product is never contracted into a sum, so
+# that every instruction set gives the same bits; kernels that want fused arithmetic say so with intrinsics.
+COMMON = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+LINK = ("-shared", "-s", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed")
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = (
+    *_AVX2,
+    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")),
+    "-mprefer-vector-width=512",
+)
+X86_ISAS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "avx2": _AVX2,
+    "avx512vnni": _AVX512,
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+}
+"""Instruction set -> flags for csrc/cpu/isa/, whose files are compiled once per set; csrc/cpu/select.cpp chooses at load."""
+
+_MARKER = b"ollamapy-sources:"
+
+
+class BuildError(Exception):
+    """The library cannot be built here; the text says why."""
+
+
+def isas() -> dict[str, tuple[str, ...]]:
+    """The instruction sets of this machine's architecture."""
+    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"base": ()}
+
+
+def find_sources(package: Path) -> Path:
+    """csrc/: inside the package's folder when it was installed, beside it in a checkout."""
+    return package / "csrc" if (package / "csrc").is_dir() else package.parent / "csrc"
+
+
+def find_torch(*pythons: str) -> Path | None:
+    """The folder of the torch that the target environment has, None when it has none.
+
+    Asked of its interpreter with -I: inside pip's isolated build that leaves the overlay out and shows the environment.
+    """
+    code = (
+        "import importlib.util as u, os; s = u.find_spec('torch'); print(os.path.dirname(s.origin) if s and s.origin else '')"
+    )
+    for python in dict.fromkeys([sys.executable, *pythons]):
+        if os.path.exists(python):
+            found = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+            if found:
+                return Path(found)
+    return None
+
+
+def find_compiler(wanted: str = "") -> str:
+    """Path of the C++ compiler: `wanted` (the environment's CXX), else the first of the usual names."""
+    for name in (wanted,) if wanted else ("g++", "c++", "clang++"):
+        if path := shutil.which(name):
+            return path
+    raise BuildError(f"no C++ compiler found ({wanted or 'g++, c++ or clang++'})")
+
+
+def source_hash(sources: Path) -> str:
+    """Names the library that these sources and flags make. Not of torch's version: the ABI is stable."""
+    digest = hashlib.sha256(repr((COMMON, LINK, isas(), platform.machine())).encode())
+    for path in sorted(sources.rglob("*")):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def built_from(library: Path) -> str:
+    """The source hash that a library carries, "" for anything else."""
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = content.find(_MARKER)
+        return "" if at < 0 else content[at + len(_MARKER) : at + len(_MARKER) + 16].decode("ascii", "replace")
+
+
+def compile_commands(sources: Path, torch: Path, cxx: str) -> dict[str, list[str]]:
+    """Object name -> compiler command, without the output: everything once, csrc/cpu/isa/ once per instruction set."""
+    commands = {}
+    include = ["-isystem", str(torch / "include"), f'-DOLLAMAPY_SOURCES="{source_hash(sources)}"']
+    per_isa = sources / "cpu" / "isa"
+    for path in sorted(sources.rglob("*.cpp")):
+        name = path.relative_to(sources).as_posix().replace("/", "_").removesuffix(".cpp")
+        if path.parent != per_isa:
+            commands[f"{name}.o"] = [cxx, *COMMON, *include, "-c", str(path)]
+            continue
+        for isa, flags in isas().items():
+            commands[f"{name}.{isa}.o"] = [cxx, *COMMON, *flags, f"-DOLLAMAPY_ISA={isa}", "-c", str(path)]
+    return commands
+
+
+def build(target: Path, folder: Path, sources: Path, torch: Path, cxx: str, jobs: int = 0) -> None:
+    """Compiles and links into `target`, which appears whole or not at all; objects go to `folder`. Raises BuildError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = compile_commands(sources, torch, cxx)
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        list(pool.map(lambda name: _run([*commands[name], "-o", str(folder / name)]), commands))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    objects = [str(folder / name) for name in commands]
+    _run([cxx, *objects, f"-L{torch / 'lib'}", *LINK, "-o", str(partial)])
+    os.replace(partial, target)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as problem:
+        raise BuildError(f"{command[0]}: {problem}") from None
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+def cached(cache: Path, sources: Path, torch: Path, cxx: str) -> Path:
+    """The library for these sources in `cache`/<hash>/, built now (about 5 s) when it is not there.
+
+    A file lock keeps processes from building it twice. A failure is remembered for as long as the compiler stays the same:
+    every start of an engine would otherwise pay for it again.
+    """
+    folder = cache / source_hash(sources)
+    library, failure = folder / LIBRARY, folder / "failed"
+    if library.exists():
+        return library
+    compiler = find_compiler(cxx)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        identity = f"{compiler} {os.stat(compiler).st_mtime_ns}\n"
+        if failure.exists() and failure.read_text().startswith(identity):
+            raise BuildError(f"the compiler failed before; see {failure}, remove it to try again")
+        try:
+            build(library, folder / "objects", sources, torch, compiler)
+        except BuildError as problem:
+            failure.write_text(identity + str(problem))
+            raise
+        finally:
+            shutil.rmtree(folder / "objects", ignore_errors=True)
+    return library

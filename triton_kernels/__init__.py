@@ -1,0 +1,1 @@
+"""Triton kernels, one file per family. Installed as `ollamapy.triton_kernels`; imported by `ollamapy.ops` alone."""
