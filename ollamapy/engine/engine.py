@@ -1,0 +1,228 @@
+"""Engine: token ids in, token ids out. One step computes the next tokens of all sequences that have room in it.
+
+Single-threaded and synchronous: the process around it takes commands between steps. Knows no text, no HTTP, no file.
+What is wrong with one request ends that request with reason "error" and a text; the others go on. Only a device that is
+lost ends the engine, by an EngineError from `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from array import array
+
+import torch
+from torch import Tensor
+
+from ollamapy.engine.build import build_batch, num_wanted
+from ollamapy.engine.pooling import pool, pooled_bytes, pooling_of
+from ollamapy.engine.protocol import Embedding, EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
+from ollamapy.engine.runner import Model, ModelRunner
+from ollamapy.engine.sampler import Sampler
+from ollamapy.engine.scheduler import Schedule, Scheduler, finish
+from ollamapy.engine.sequence import Pooling, Result, Sequence
+from ollamapy.errors import ContextOverflow, EngineError
+
+log = logging.getLogger(__name__)
+
+CHECK_INTERVAL = 1.0  # seconds between two integrity checks that run by themselves
+EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
+
+
+class Engine:
+    """Runs one model by one plan. `kernels` (op -> implementation) and `load_ns` are passed on in `info`."""
+
+    def __init__(self, model: Model, plan: Plan, kernels: dict[str, str] | None = None, load_ns: int = 0) -> None:
+        self.model, self.plan = model, plan
+        self._kernels, self._load_ns = kernels or {}, load_ns
+        self.runner = ModelRunner(model, plan)
+        self.scheduler = Scheduler(plan, whole_prompts=not model.config.causal)
+        self.sampler = Sampler()
+        self._pending: list[Output | Embedding] = []  # ends of requests that no step has told yet
+        self._num_steps = 0
+        self._integrity, self._last_check = "ok", 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.sequences or self._pending)
+
+    def add(self, request_id: int, token_ids: list[int], params: SamplingParams) -> None:
+        """Starts generating after `token_ids`. A request that cannot be run is answered by the next step. Raises EngineError
+        when the id is in use."""
+        seed = params.seed if params.seed >= 0 else secrets.randbits(63)
+        self._begin(request_id, token_ids, params, seed, None)
+
+    def embed(self, request_id: int, token_ids: list[int]) -> None:
+        """Starts computing the embedding of `token_ids`, pooled as the model's metadata says. Answers and raises as `add`."""
+        config = self.model.config
+        self._begin(request_id, token_ids, EMBEDDING_PARAMS, 0, pooling_of(config.pooling_type, config.causal))
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request now and frees its blocks; the next step says so. Unknown ids are those that have ended already."""
+        seq = self.scheduler.abort(request_id)
+        if seq is None:
+            return
+        if seq.pooling is not None:
+            self._pending.append(Embedding(request_id, b"", seq.num_prompt_tokens, "aborted"))
+        else:
+            self._pending.append(Output(request_id, [], finish=finish(seq, "abort", time.monotonic_ns())))
+        self._check_when_idle()
+
+    def step(self) -> list[Event]:
+        """Computes one batch and tells what came of it: at most one Step, and an Embedding for each that is done."""
+        told, self._pending = self._pending, []
+        schedule = self.scheduler.schedule()
+        if len(schedule):
+            results = self._execute(schedule)
+            told += self.scheduler.commit(schedule, results)
+            self._num_steps += 1
+            self._check_when_idle()
+        outputs = [each for each in told if isinstance(each, Output)]
+        events: list[Event] = [Step(outputs)] if outputs else []
+        events += [each for each in told if isinstance(each, Embedding)]
+        return events
+
+    def stats(self) -> Stats:
+        if not self.has_work:
+            self.check_integrity()
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        return Stats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            free_blocks=blocks.num_free,
+            cached_blocks=blocks.num_cached,
+            used_blocks=blocks.num_blocks - blocks.num_available,
+            total_blocks=blocks.num_blocks,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            integrity=self._integrity,
+        )
+
+    def info(self) -> EngineInfo:
+        plan, on_gpu = self.plan, self.runner.device.type != "cpu"
+        return EngineInfo(
+            architecture=self.model.config.architecture,
+            device=plan.device,
+            context_length=plan.context_length,
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            weight_bytes=self.model.weight_bytes,
+            kv_bytes=self.runner.kv_bytes,
+            vram_bytes=self.model.weight_bytes + self.runner.kv_bytes if on_gpu else 0,
+            embedding_length=self.model.config.embedding_length,
+            kernels=self._kernels,
+            load_ns=self._load_ns,
+        )
+
+    def check_integrity(self) -> str:
+        """ "ok", or what is wrong with the books of blocks and sequences. Runs by itself when no request is left."""
+        self._last_check = time.monotonic()
+        self._integrity = "; ".join(self.scheduler.check()) or "ok"
+        if self._integrity != "ok":
+            log.error("integrity: %s", self._integrity)
+        return self._integrity
+
+    def _check_when_idle(self) -> None:
+        """Not more than once in CHECK_INTERVAL: a pool of 50,000 blocks takes 15 ms."""
+        if not self.scheduler.sequences and time.monotonic() - self._last_check >= CHECK_INTERVAL:
+            self.check_integrity()
+
+    # --- arrival ----------------------------------------------------------------------------------------------
+
+    def _begin(self, request_id: int, token_ids: list[int], params: SamplingParams, seed: int, pooling: Pooling | None) -> None:
+        if request_id in self.scheduler.sequences:
+            raise EngineError(f"request {request_id} is in use")
+        pool_tokens = self.plan.num_blocks * self.plan.block_size
+        limit = min(params.context_length or self.plan.context_length, self.plan.context_length, pool_tokens)
+        refusal = _refusal(token_ids, params, limit, self.model.config.vocab_size)
+        if refusal and pooling is not None:
+            self._pending.append(Embedding(request_id, b"", len(token_ids), refusal))
+        elif refusal:
+            self._pending.append(Output(request_id, [], finish=Finish("error", len(token_ids), error=refusal)))
+        else:
+            now = time.monotonic_ns()
+            self.scheduler.add(Sequence(request_id, array("q", token_ids), params, limit, seed, pooling, now))
+
+    # --- execution --------------------------------------------------------------------------------------------
+
+    def _execute(self, schedule: Schedule) -> list[Result | None]:
+        """Runs a step. When it fails, its sequences are run one by one, once, so that only those at fault end."""
+        try:
+            return self._run(schedule)
+        except torch.AcceleratorError as error:  # every later call would fail too: the process has to be replaced
+            raise EngineError(f"the device {self.plan.device} failed: {error}") from error
+        except Exception as error:
+            log.exception("step of %d sequences failed", len(schedule))
+            if len(schedule) == 1:
+                return [Result(error=_text(error))]
+        return [self._execute(part)[0] for part in schedule.parts()]
+
+    def _run(self, schedule: Schedule) -> list[Result | None]:
+        hidden = self.runner.forward(build_batch(schedule, self.plan.block_size, self.runner.device))
+        results: list[Result | None] = [None] * len(schedule)
+        sampled: list[int] = []  # indices of sequences that get a token
+        rows: list[int] = []  # of `hidden`, one for each of them
+        row = 0
+        pooled: list[tuple[int, int, Tensor]] = []  # index, length and hidden states of sequences to embed
+        for index, (seq, length) in enumerate(zip(schedule.sequences, schedule.num_tokens, strict=True)):
+            count = num_wanted(seq, length)
+            if seq.pooling is not None:
+                pooled.append((index, length, hidden[row : row + count]))
+            elif count:
+                sampled.append(index)
+                rows.append(row)
+            row += count
+        if sampled:
+            wanted = hidden if len(rows) == hidden.shape[0] else hidden[rows]
+            sequences = [schedule.sequences[index] for index in sampled]
+            for index, result in zip(sampled, self._sample(wanted, sequences), strict=True):
+                results[index] = result
+        for index, length, states in pooled:  # last: a step that is run again must not have pooled anything yet
+            results[index] = _pool(schedule.sequences[index], length, states)
+        return results
+
+    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> list[Result]:
+        """Tokens after the hidden states (n, E). When that fails, row by row, so that only rows at fault do."""
+        try:
+            return self.sampler.sample(self.runner.logits(hidden), sequences)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            log.exception("sampling of %d sequences failed", len(sequences))
+            if len(sequences) == 1:
+                return [Result(error=_text(error))]
+        return [self._sample(hidden[row : row + 1], [seq])[0] for row, seq in enumerate(sequences)]
+
+
+def _pool(seq: Sequence, length: int, rows: Tensor) -> Result | None:
+    try:
+        pool(seq, rows)
+        complete = seq.num_computed + length == len(seq.token_ids)
+        return Result(vector=pooled_bytes(seq)) if complete else None
+    except ValueError as error:
+        return Result(error=str(error))
+
+
+def _refusal(token_ids: list[int], params: SamplingParams, context_length: int, vocab_size: int) -> str:
+    """Why a request cannot be run; "" when it can."""
+    if not token_ids:
+        return "the prompt has no tokens"
+    if len(token_ids) > context_length:
+        return str(ContextOverflow(len(token_ids), context_length))
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        return f"a token id of the prompt is not in 0..{vocab_size - 1}"
+    for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
+        if not math.isfinite(getattr(params, name)):
+            return f"{name} is not a finite number"
+    if params.repeat_penalty <= 0.0:
+        return f"repeat_penalty must be greater than 0, not {params.repeat_penalty}"
+    return ""
+
+
+def _text(error: Exception) -> str:
+    """For users: without the message, which may tell paths and addresses."""
+    return f"the model failed on this request ({type(error).__name__}); the log has the details"

@@ -1,0 +1,35 @@
+"""Pooling: hidden states of one prompt, in the chunks in which they are computed, become one embedding vector."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ollamapy.engine.sequence import Pooling, Sequence
+
+
+def pooling_of(pooling_type: str, causal: bool) -> Pooling:
+    """What a model's metadata asks for; where it says nothing of use, the last token if attention is causal, else the mean."""
+    known: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "last": "last"}
+    return known.get(pooling_type, "last" if causal else "mean")
+
+
+def pool(seq: Sequence, rows: Tensor) -> None:
+    """Takes the hidden states (n, E) of a chunk: those that `build.wanted_rows` chose. A mean is summed in float64, so that
+    it does not show how the prompt was cut."""
+    if not rows.shape[0]:
+        return
+    if seq.pooling == "mean":
+        total = rows.sum(0, dtype=torch.float64)
+        seq.pooled = total if seq.pooled is None else seq.pooled + total
+    else:
+        seq.pooled = rows[0].double()
+
+
+def pooled_bytes(seq: Sequence) -> bytes:
+    """The finished vector as little-endian float32. Raises ValueError when it has a NaN or an infinity."""
+    assert seq.pooled is not None
+    vector = seq.pooled / len(seq.token_ids) if seq.pooling == "mean" else seq.pooled
+    if not bool(torch.isfinite(vector).all()):
+        raise ValueError("the model's hidden states are not finite")
+    return vector.float().cpu().numpy().astype("<f4").tobytes()

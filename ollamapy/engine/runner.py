@@ -1,0 +1,81 @@
+"""ModelRunner: one model, its KV caches, one forward pass. Knows no request and no policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.engine.protocol import Plan
+from ollamapy.errors import EngineError
+
+KV_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+class Config(Protocol):
+    """What the engine reads of a model's configuration."""
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def embedding_length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def pooling_type(self) -> str: ...
+
+
+class Model(Protocol):
+    """What the engine asks of a model."""
+
+    weight_bytes: int
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def layer_states(self) -> list[LayerState]: ...
+    def forward(self, batch: Batch, caches: ListLike[KVCache]) -> Tensor:
+        """Hidden states of `batch.logit_rows` after the final norm, (num_logits, E) float32."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, E) -> (n, V) float32."""
+        ...
+
+
+class ModelRunner:
+    """Allocates the caches that the model's layers declare. Raises EngineError when the device has not the memory."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        self.model = model
+        self.device = torch.device(plan.device)
+        try:
+            self.caches = [_cache(state, plan, self.device) for state in model.layer_states]
+        except (MemoryError, RuntimeError) as error:  # torch on a CPU raises RuntimeError, on a GPU a subclass of it
+            tokens = plan.num_blocks * plan.block_size
+            raise EngineError(f"no memory for a KV cache of {tokens} tokens on {plan.device}: {error}") from error
+        self.kv_bytes = sum(cache.key.nbytes + cache.value.nbytes for cache in self.caches)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """(num_logits, E) float32."""
+        return self.model.forward(batch, self.caches)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, E) -> (n, V) float32."""
+        return self.model.logits(hidden)
+
+
+def _cache(state: LayerState, plan: Plan, device: torch.device) -> KVCache:
+    """Zeros: a kernel that multiplies an unused slot by a weight of 0 must not meet a NaN there."""
+    dtype, slots = KV_DTYPES[plan.kv_dtype], (plan.num_blocks, plan.block_size, state.num_kv_heads)
+    return KVCache(
+        key=torch.zeros(*slots, state.key_length, dtype=dtype, device=device),
+        value=torch.zeros(*slots, state.value_length, dtype=dtype, device=device),
+    )

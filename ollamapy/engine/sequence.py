@@ -1,0 +1,139 @@
+"""Sequence: all state of one request, from its arrival to its end. Knows no block pool, no batch and no model.
+
+Token ids are kept in typed arrays, so that a slice of them is copied into a batch or hashed without a loop in Python.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from ollamapy.engine.protocol import FinishReason, SamplingParams, TokenLogprob
+
+Pooling = Literal["mean", "cls", "last"]
+MAX_CONTEXTS = 10  # generated tokens, in context lengths, of a request that sets no limit
+
+
+class Result(NamedTuple):
+    """What a step found for one sequence: a token, an embedding or an error."""
+
+    token_id: int = -1
+    logprob: TokenLogprob | None = None
+    vector: bytes = b""
+    error: str = ""
+
+
+class PenaltyWindow:
+    """The last `length` tokens of a request, prompt included, and how often each occurs."""
+
+    __slots__ = ("counts", "recent")
+
+    def __init__(self, length: int, token_ids: array[int]) -> None:
+        self.recent: deque[int] = deque(maxlen=length)
+        self.counts: dict[int, int] = {}
+        for token_id in token_ids[-length:]:
+            self.append(token_id)
+
+    def append(self, token_id: int) -> None:
+        recent, counts = self.recent, self.counts
+        if len(recent) == recent.maxlen:
+            oldest = recent[0]
+            left = counts[oldest] - 1
+            if left:
+                counts[oldest] = left
+            else:
+                del counts[oldest]
+        recent.append(token_id)
+        counts[token_id] = counts.get(token_id, 0) + 1
+
+
+def penalty_window(params: SamplingParams, context_length: int, token_ids: array[int]) -> PenaltyWindow | None:
+    """None when the penalties change nothing."""
+    neutral = params.repeat_penalty == 1.0 and params.presence_penalty == 0.0 and params.frequency_penalty == 0.0
+    length = context_length if params.repeat_last_n < 0 else params.repeat_last_n
+    return None if neutral or length == 0 else PenaltyWindow(length, token_ids)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request. `token_ids` is its context: the prompt and what was generated, less what context shifts dropped."""
+
+    # set by Engine when the request arrives; none of these changes later
+    request_id: int
+    token_ids: array[int]
+    params: SamplingParams
+    context_length: int  # most tokens of its context
+    seed: int = 0
+    pooling: Pooling | None = None  # an embedding request: how its hidden states become one vector
+    arrival_ns: int = 0
+    num_prompt_tokens: int = field(init=False)
+    max_tokens: int = field(init=False)
+    num_keep: int = field(init=False)  # head tokens that a context shift keeps
+
+    # moved by Scheduler
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_cached: int = 0  # prompt tokens found in the prefix cache when it was first scheduled
+    num_generated: int = 0  # the stop id included; context shifts and preemptions do not touch it
+    num_shifts: int = 0
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    penalties: PenaltyWindow | None = field(init=False)
+
+    # moved by BlockManager
+    block_table: array[int] = field(default_factory=lambda: array("i"))
+    block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids, as far as needed yet
+    num_registered: int = 0  # leading blocks of the table that were offered to the prefix cache
+
+    # moved by the pooling of embeddings
+    pooled: Tensor | None = None  # (E,) float64 sum, or the one row wanted
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_tokens = params.max_tokens if params.max_tokens >= 0 else MAX_CONTEXTS * self.context_length
+        keep = self.num_prompt_tokens if params.num_keep < 0 else params.num_keep
+        self.num_keep = max(min(keep, self.context_length - 4), 0)
+        self.penalties = penalty_window(params, self.context_length, self.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    def accept(self, token_id: int) -> FinishReason | None:
+        """Takes the token sampled after all of token_ids; why the request ends with it, if it does.
+
+        A stop id is counted but not kept. When the context is full and may be shifted, `is_full` is true afterwards.
+        """
+        params = self.params
+        self.num_generated += 1
+        if token_id in params.stop_ids:
+            return "stop"
+        self.token_ids.append(token_id)
+        if self.penalties is not None:
+            self.penalties.append(token_id)
+        if self.num_generated >= self.max_tokens or (self.is_full and not params.shift):
+            return "length"
+        return None
+
+    @property
+    def is_full(self) -> bool:
+        """One place of the context stays free, as in llama.cpp: the newest token is shifted before it is computed."""
+        return len(self.token_ids) >= self.context_length
+
+    def shift(self) -> None:
+        """Drops the older half of what follows the kept head; everything is to be computed again.
+
+        The newest token is not counted, it is not in the cache yet. Terminates: after it, the context has a free place,
+        or one token when its length is 1. The caller has released the blocks.
+        """
+        past = len(self.token_ids) - 1
+        keep = min(self.num_keep, past)
+        dropped = max((past - keep) // 2, 1)
+        del self.token_ids[keep : keep + dropped]
+        self.block_hashes.clear()
+        self.num_shifts += 1
