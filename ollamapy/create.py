@@ -12,52 +12,16 @@ from typing import Any
 import msgspec
 
 from ollamapy import modelfile
-from ollamapy.api.messages import Message
 from ollamapy.api.options import OPTIONS, coerce
+from ollamapy.api.types import CreateRequest, Progress
 from ollamapy.chat.gotemplate import Template
 from ollamapy.errors import BadRequest
 from ollamapy.names import ModelName, split_source
 from ollamapy.store import manifests
 from ollamapy.store.digest import Digest
 from ollamapy.store.gguf_layers import GGUFLayer, read_layers
-from ollamapy.store.library import Library
+from ollamapy.store.library import Library, LocalModel
 from ollamapy.store.manifests import ConfigBlob, Layer, Manifest
-
-
-class CreateRequest(msgspec.Struct, rename={"from_": "from"}):
-    """The body of /api/create. `files`, `adapters`, `draft_files` map relative names to digests of uploaded blobs."""
-
-    model: str = ""
-    name: str = ""
-    from_: str = ""
-    files: dict[str, str] | None = None
-    adapters: dict[str, str] | None = None
-    draft_files: dict[str, str] | None = None
-    quantize: str = ""
-    quantization: str = ""
-    draft_quantize: str = ""
-    template: str = ""
-    system: str = ""
-    license: Any = None  # a text or a list of texts
-    parameters: dict[str, Any] | None = None
-    messages: list[Message] | None = None
-    renderer: str = ""
-    parser: str = ""
-    requires: str = ""
-    remote_host: str = ""
-    info: dict[str, Any] | None = None
-    modelfile: str = ""  # an extension: its instructions are defaults for the fields above
-    stream: bool | None = None
-
-
-class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of the answer. `total` and `completed` are bytes."""
-
-    status: str
-    digest: str = ""
-    total: int = 0
-    completed: int = 0
-
 
 Report = Callable[[Progress], None]
 
@@ -69,21 +33,22 @@ def create_model(request: CreateRequest, library: Library, progress: Report) -> 
 
     Raises BadRequest and its kin for what is wrong with the request, NotFound for a missing base, StoreError.
     """
-    name = ModelName.parse(request.model or request.name)
+    name = ModelName.parse(request.target)
     if request.modelfile:
         request = _with_modelfile(request)
     licenses = _check(request)
-    digests = [Digest.parse(text) for files in _file_maps(request) for text in files.values()]
-    with library.lease(digests):
-        config, layers = _base(request, library, progress)
-        config = _apply_info(config, request.info or {})
+    base = _open_base(request, library)
+    used = {Digest.parse(text) for files in _file_maps(request) for text in files.values()}
+    with library.lease(used | base.manifest.blobs() if base else used):
+        config, layers = _collected(request, library, base, progress)
+        config = _apply_info(config, request.info)
         layers = _own_layers(request, library, layers, licenses, progress)
         config.rootfs = {"type": "layers", "diff_ids": [layer.digest for layer in layers]}
         encoded = config.encode()
         digest, _ = library.add(encoded)
-        progress(Progress("writing manifest"))
+        progress(Progress(status="writing manifest"))
         library.write(name, Manifest(Layer(manifests.CONFIG_TYPE, digest.text, len(encoded)), layers))
-    progress(Progress("success"))
+    progress(Progress(status="success"))
 
 
 def _file_maps(request: CreateRequest) -> list[dict[str, str]]:
@@ -126,13 +91,13 @@ def _check(request: CreateRequest) -> list[str]:
             if not path or "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
                 raise BadRequest("file path must be relative")
             Digest.parse(digest)
-    if request.adapters and len(request.adapters) > 1:
+    if len(request.adapters) > 1:
         raise BadRequest("only one adapter is currently supported")
     if request.requires:
         modelfile.parse_version(request.requires)
     if request.template:
         Template.parse(request.template)
-    for option, value in (request.parameters or {}).items():
+    for option, value in request.parameters.items():
         if option in OPTIONS and value is not None:
             coerce(option, value)
     licenses = [request.license] if isinstance(request.license, str) else request.license or []
@@ -141,23 +106,37 @@ def _check(request: CreateRequest) -> list[str]:
     return [text for text in licenses if text]
 
 
-def _base(request: CreateRequest, library: Library, progress: Report) -> tuple[ConfigBlob, list[Layer]]:
-    """Config and layers of the base model and of the files, before the request's own texts."""
-    if not request.from_ and request.files is None:
+def _open_base(request: CreateRequest, library: Library) -> LocalModel | None:
+    if not request.base and not request.files:
         raise BadRequest("neither 'from' or 'files' was specified")
+    text, source = split_source(request.base)
+    if source == "cloud":
+        raise BadRequest("remote models (:cloud) are not supported yet")
+    return library.open(ModelName.parse(text)) if request.base else None
+
+
+def _collected(
+    request: CreateRequest, library: Library, base: LocalModel | None, progress: Report
+) -> tuple[ConfigBlob, list[Layer]]:
+    """Config and layers of the base model and of the files, before the request's own texts."""
+
+    def parsing() -> None:
+        progress(Progress(status="parsing GGUF"))
+
     config, layers = ConfigBlob(), list[Layer]()
-    if request.from_:
-        config, layers = _inherit(request, library)
-    found = read_layers(library.blobs, request.files or {}, lambda: progress(Progress("parsing GGUF")), request.from_ != "")
-    if request.from_ and any(layer.media_type == manifests.MODEL for layer in found):
+    if base is not None:
+        config = base.config
+        layers = [msgspec.structs.replace(layer, source=base.name.short()) for layer in base.manifest.layers]
+    found = read_layers(library.blobs, request.files, parsing, may_be_empty=base is not None)
+    if base and any(layer.media_type == manifests.MODEL for layer in found):
         raise BadRequest("both 'from' and 'files' give the weights of the model")
     if request.adapters:
-        adapters = read_layers(library.blobs, request.adapters, lambda: progress(Progress("parsing GGUF")))
+        adapters = read_layers(library.blobs, request.adapters, parsing)
         if any(layer.media_type != manifests.ADAPTER for layer in adapters):
             raise BadRequest("the adapter is not a LoRA adapter in GGUF format")
         found, layers = found + adapters, _without(layers, manifests.ADAPTER)
     if request.draft_files:
-        drafts = read_layers(library.blobs, request.draft_files, lambda: progress(Progress("parsing GGUF")))
+        drafts = read_layers(library.blobs, request.draft_files, parsing)
         found += [layer._replace(media_type=manifests.DRAFT) for layer in drafts]
         layers = _without(layers, manifests.DRAFT)
     for layer in found:
@@ -169,15 +148,6 @@ def _base(request: CreateRequest, library: Library, progress: Report) -> tuple[C
     config.parser = request.parser or config.parser
     config.requires = request.requires.removeprefix("v") or config.requires
     return config, layers
-
-
-def _inherit(request: CreateRequest, library: Library) -> tuple[ConfigBlob, list[Layer]]:
-    base, source = split_source(request.from_)
-    if source == "cloud":
-        raise BadRequest("remote models (:cloud) are not supported yet")
-    model = library.open(ModelName.parse(base))
-    layers = [msgspec.structs.replace(layer, source=model.name.short()) for layer in model.manifest.layers]
-    return model.config, layers
 
 
 def _describe(config: ConfigBlob, layer: GGUFLayer) -> None:
@@ -264,7 +234,7 @@ def _own_layers(
         data = msgspec.json.encode([{"role": m.role, "content": m.content or ""} for m in request.messages])
         layers = [*_without(layers, manifests.MESSAGES), layer(manifests.MESSAGES, data)]
     for done in layers:
-        progress(Progress(f"{'creating new' if done.digest in new else 'using existing'} layer {done.digest}"))
+        progress(Progress(status=f"{'creating new' if done.digest in new else 'using existing'} layer {done.digest}"))
     return layers
 
 
