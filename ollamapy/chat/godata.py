@@ -65,6 +65,17 @@ class Property(Struct):
     }
 
 
+class Properties(JSONMap):
+    """Parameters by name; one that is not there is an empty one."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(key, default) or _property({})
+
+
+class NilProperties(Properties, NilMap):
+    """No properties: prints as {}, null in JSON."""
+
+
 def _plain(value: Any) -> Any:
     """A decoded JSON value as Go decodes it: every number is a float."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -110,7 +121,7 @@ def _tool(tool: Tool) -> ToolValue:
                 Defs=_plain(schema.get("$defs")),
                 Items=_plain(schema.get("items")),
                 Required=_strings(schema.get("required")),
-                Properties=JSONMap({name: _property(value) for name, value in properties.items()})
+                Properties=Properties({name: _property(value) for name, value in properties.items()})
                 if isinstance(properties, dict)
                 else NilProperties(),
             ),
@@ -141,10 +152,6 @@ def message_value(message: Message, content: str) -> MessageValue:
 def tools_value(tools: Sequence[Tool]) -> JSONList | NilList:
     """`.Tools`: prints as JSON; nil, so false and printed as an empty list, when there are none."""
     return JSONList([_tool(tool) for tool in tools]) if tools else NilTools()
-
-
-class NilProperties(JSONMap, NilMap):
-    """No properties: prints as {}, null in JSON."""
 
 
 class NilTools(JSONList, NilList):

@@ -91,13 +91,18 @@ def _collate(messages: Sequence[Message]) -> tuple[str, list[tuple[Message, str]
 
 
 def _cut_after_response(body: Sequence[nodes.Node]) -> tuple[list[nodes.Node], bool]:
-    """`body` without what follows the first action that writes `.Response`, and whether there is one."""
+    """`body` without what follows the first action that writes `.Response`, and whether there is one.
+
+    An action that does more with the response after naming it (`.Response | printf "%s!"`) goes too.
+    """
     kept: list[nodes.Node] = []
     for node in body:
-        cut = isinstance(node, nodes.Action) and any(
-            isinstance(part, nodes.Field) and "Response" in part.names for part in nodes.walk([node.pipe])
-        )
-        if isinstance(node, (nodes.If, nodes.With)):
+        cut = False
+        if isinstance(node, nodes.Action):
+            cut = _names_response(node.pipe)
+            if cut and not _names_response(node.pipe.commands[-1]):
+                return kept, True
+        elif isinstance(node, (nodes.If, nodes.With)):
             node, cut = _cut_branches(node)
         elif isinstance(node, nodes.Range):
             inner, cut = _cut_after_response(node.body)
@@ -106,6 +111,10 @@ def _cut_after_response(body: Sequence[nodes.Node]) -> tuple[list[nodes.Node], b
         if cut:
             return kept, True
     return kept, False
+
+
+def _names_response(node: nodes.Node) -> bool:
+    return any(isinstance(part, nodes.Field) and "Response" in part.names for part in nodes.walk([node]))
 
 
 def _cut_branches(node: nodes.If | nodes.With) -> tuple[nodes.If | nodes.With, bool]:

@@ -25,17 +25,12 @@ def held_back(text: str, tags: Sequence[str]) -> int:
 
 
 def split(text: str, tags: Sequence[str], done: bool = False) -> Split:
-    """Cuts `text` at its first tag; of tags that start at the same place, the longest. `done`: nothing more will come."""
-    found = [(text.find(tag), -len(tag), tag) for tag in tags if tag in text]
-    if found:
-        start, _, tag = min(found)
-        if done or len(tag) == max(map(len, tags)) or not _may_grow(text[start:], tag, tags):
-            return Split(text[:start], tag, text[start + len(tag) :])
-        return Split(text[:start], "", text[start:])
-    held = 0 if done else held_back(text, tags)
-    return Split(text[: len(text) - held], "", text[len(text) - held :])
+    """Cuts `text` at its first tag; of tags that start at the same place, the longest. `done`: nothing more will come.
 
-
-def _may_grow(text: str, tag: str, tags: Sequence[str]) -> bool:
-    """Whether `text`, which starts with `tag`, may yet turn out to start with a longer tag."""
-    return any(len(other) > len(tag) and other.startswith(text) for other in tags)
+    Whatever may yet become a tag that starts earlier, or a longer one, is held back.
+    """
+    start, size = min(((text.find(tag), -len(tag)) for tag in tags if tag in text), default=(len(text), 0))
+    held = len(text) if done else len(text) - held_back(text, tags)
+    if held < len(text) and held <= start:
+        return Split(text[:held], "", text[held:])
+    return Split(text[:start], text[start : start - size], text[start - size :])

@@ -14,7 +14,7 @@ from ollamapy.chat.gotemplate.nodes import Chain as _Chain
 from ollamapy.chat.gotemplate.parser import Parser
 from ollamapy.errors import TemplateError
 
-MAX_SOURCE = 1 << 20  # characters
+MAX_SOURCE = 256 << 10  # characters
 
 
 @dataclass(frozen=True, slots=True)

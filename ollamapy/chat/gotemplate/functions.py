@@ -92,10 +92,18 @@ def _json(args: Arguments, budget: Budget) -> str:
     return json.dumps(args[0])
 
 
+def _bytes(text: str, budget: Budget) -> str | bytes:
+    """What len, index and slice count in: bytes; of ASCII text its characters are as good, and cost nothing."""
+    if text.isascii():
+        return text
+    budget.make(len(text))
+    return to_bytes(text)
+
+
 def _len(args: Arguments, budget: Budget) -> int:
     value = args[0]
     if isinstance(value, str):
-        return len(value) if value.isascii() else len(to_bytes(value))
+        return len(_bytes(value, budget))
     if isinstance(value, (list, dict)):
         return len(value)
     raise ValueError("len of nil pointer" if value is None else f"len of type {type_name(value)}")
@@ -126,8 +134,9 @@ def _index(args: Arguments, budget: Budget) -> Any:
         elif isinstance(value, list):
             value = value[_position(key, len(value))]
         elif isinstance(value, str):
-            data = to_bytes(value)
-            value = data[_position(key, len(data))]
+            data = _bytes(value, budget)
+            unit = data[_position(key, len(data))]
+            value = ord(unit) if isinstance(unit, str) else unit
         else:
             raise ValueError(f"can't index item of type {type_name(value)}")
     return value
@@ -141,7 +150,7 @@ def _slice(args: Arguments, budget: Budget) -> Any:
         raise ValueError("cannot 3-index slice a string")
     if not isinstance(value, (str, list)):
         raise ValueError(f"can't slice item of type {type_name(value)}")
-    items: Any = to_bytes(value) if isinstance(value, str) else value
+    items: Any = _bytes(value, budget) if isinstance(value, str) else value
     places = [_position(bound, len(items) + 1) for bound in bounds]
     first = places[0] if places else 0
     last = places[1] if len(places) > 1 else len(items)

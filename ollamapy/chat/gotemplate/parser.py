@@ -34,8 +34,6 @@ class Parser:
         self.templates[""] = body
         return self.templates
 
-    # --- tokens ---
-
     def _peek(self) -> Token:
         return self._tokens[self._next]
 
@@ -69,8 +67,6 @@ class Parser:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise failure(line, f"template is nested more than {MAX_DEPTH} deep")
-
-    # --- blocks ---
 
     def _list(self) -> tuple[list[Node], Token]:
         """Nodes up to the `end` or `else` (taken and returned) or the end of the source."""
@@ -192,8 +188,6 @@ class Parser:
             self.templates[name] = body
         elif not nodes.is_empty(body):
             raise failure(line, f'multiple definition of template "{name}"')
-
-    # --- pipelines ---
 
     def _pipeline(self, where: str, end: str) -> nodes.Pipe:
         token = self._skip_space()
