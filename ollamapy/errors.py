@@ -11,8 +11,11 @@
     │   └── ContextOverflow      400   prompt longer than the context, with both counts
     ├── Forbidden                403   Host, Origin or policy
     ├── NotFound                 404   model, blob or route
+    ├── TooSlow                  408   the request's body came slower than a client that is still there would send it
+    ├── TooLarge                 413   the request's body is over the limit
     ├── ClientGone               499   the client left while it was queued
     ├── NotSupported             501   a feature of Ollama that is named but not built yet
+    ├── Unreachable              502   a client's own: no server answers, or it went away in the middle
     ├── ServerBusy               503   queue full; carries Retry-After
     ├── StoreError               500   the model store cannot be read or written
     └── EngineError              500   an engine process failed to load, died or reported a failure
@@ -83,12 +86,24 @@ class NotFound(OllamapyError):
     status = 404
 
 
+class TooSlow(OllamapyError):
+    status = 408
+
+
+class TooLarge(OllamapyError):
+    status = 413
+
+
 class ClientGone(OllamapyError):
     status = 499
 
 
 class NotSupported(OllamapyError):
     status = 501
+
+
+class Unreachable(OllamapyError):
+    status = 502
 
 
 class ServerBusy(OllamapyError):
