@@ -67,6 +67,7 @@ class Running:
     resident_bytes: int  # of the engine's process; on a CPU, KV blocks not yet used are not in it
     info: EngineInfo
     notes: tuple[str, ...]  # where the placement differs from what was asked for
+    engine: EngineProcess
 
 
 class Resident:
@@ -176,4 +177,5 @@ class Resident:
             resident_bytes=self.engine.memory(),
             info=info,
             notes=self.placement.notes,
+            engine=self.engine,
         )

@@ -1,0 +1,178 @@
+"""One request for text, from its name to its pieces: checks in Ollama's order, load, prompt, answer. Knows no API's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from ollamapy.api import options as option_table
+from ollamapy.api.options import Options
+from ollamapy.api.types import DebugInfo, Inference, lifetime
+from ollamapy.chat.format import ChatFormat, Parser, Think
+from ollamapy.chat.interface import PlainParser
+from ollamapy.errors import BadRequest, NotSupported
+from ollamapy.lifecycle.resident import LoadedModel
+from ollamapy.server.answer import Piece, answer, sampling
+from ollamapy.server.catalog import Services
+from ollamapy.server.prompt import Prompt, Room
+from ollamapy.store.library import LocalModel
+from ollamapy.tokenizer import Tokenizer
+
+_INLINE_CHARS = 4096  # a longer prompt is rendered and encoded in a thread
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What differs between generate and chat.
+
+    `empty`: nothing is asked, the model is only loaded or unloaded. `needs`: capability -> error text when it is missing.
+    `conflict`: what is wrong with the request itself. `unsupported`: a feature it asks for that is not built yet.
+    `size`: characters of the prompt, about. `prompt` makes the prompt; without a parser the text is passed as it is.
+    """
+
+    empty: bool
+    needs: dict[str, str]
+    size: int
+    prompt: Callable[[LocalModel, ChatFormat, Think, Tokenizer, Room], Prompt]
+    template: str = ""
+    raw: bool = False
+    conflict: str = ""
+    unsupported: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A piece and what its line says besides: `fields` are those of `api.types.Reply`."""
+
+    piece: Piece
+    fields: dict[str, Any]
+    context: list[int]
+
+
+def timestamp() -> str:
+    """Now, as RFC 3339 in UTC with nanoseconds."""
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+
+
+async def run(services: Services, request: Inference, turn: Turn, warnings: list[str]) -> AsyncGenerator[Said]:
+    """The answer's pieces. `warnings` is complete when the first one comes."""
+    arrival = time.monotonic_ns()
+    model = await services.open(request.model)
+    keep_alive = lifetime(request.keep_alive)
+    if turn.empty and keep_alive == 0:
+        await services.residents.unload(model)
+        yield _said(done_reason="unload")
+        return
+    think = await _check(services, model, request, turn)
+    options, notes = option_table.merge(model.params, request.options)
+    warnings += notes
+    async with services.residents.use(model, options, keep_alive) as loaded:
+        load_ns = time.monotonic_ns() - arrival
+        if turn.empty:
+            yield _said(done_reason="load")
+            return
+        chat = services.format(loaded, turn.template)
+        room = _room(options, request, loaded)
+        prompt = await _in_thread_if(turn.size > _INLINE_CHARS, turn.prompt, model, chat, think, loaded.tokenizer, room)
+        if prompt.num_cut:
+            warnings.append(f"the prompt was truncated: {prompt.num_cut} of its {prompt.total} tokens were cut")
+        if request.debug_render_only:
+            yield Said(Piece(), {"done": True, "debug_info": DebugInfo(rendered_template=prompt.text)}, [])
+            return
+        parser = PlainParser() if turn.raw else chat.parser(prompt=prompt.text, think=think)
+        stops = (*options.stop, *(() if turn.raw else chat.stops))
+        async with aclosing(_answer(loaded, prompt, options, request, stops, parser)) as pieces:
+            async for piece in pieces:
+                if piece.end is None:
+                    yield Said(piece, {"done": False}, [])
+                else:
+                    yield _last(piece, prompt, arrival, load_ns)
+
+
+def _answer(
+    loaded: LoadedModel[LocalModel],
+    prompt: Prompt,
+    options: Options,
+    request: Inference,
+    stops: tuple[str, ...],
+    parser: Parser,
+) -> AsyncGenerator[Piece]:
+    num_ctx = _num_ctx(options, loaded)
+    params = sampling(options, loaded.tokenizer, stops, num_ctx)
+    params = msgspec.structs.replace(params, shift=request.shift, logprobs=request.top_logprobs if request.logprobs else -1)
+    return answer(loaded.engine, loaded.tokenizer, prompt.ids, params, stops, parser)
+
+
+async def _check(services: Services, model: LocalModel, request: Inference, turn: Turn) -> Think:
+    """Refuses what the model or this server cannot do. Returns the `think` in force."""
+    if model.config.remote_host:
+        raise NotSupported(f"cloud models are not supported: {request.model}")
+    if turn.conflict:
+        raise BadRequest(turn.conflict)
+    able = await services.capabilities(model)
+    if request.think and "thinking" not in able:
+        raise BadRequest(f'"{request.model}" does not support thinking')
+    for capability, text in turn.needs.items():
+        if capability not in able:
+            raise BadRequest(text)
+    _check_format(request.format)
+    if turn.unsupported:
+        raise NotSupported(f"{turn.unsupported}: not supported yet")
+    if request.think is None and "thinking" in able:
+        return True
+    return request.think
+
+
+def _check_format(format: Any) -> None:
+    if format in (None, ""):
+        return
+    if format != "json" and not isinstance(format, dict):
+        shown = msgspec.json.encode(format).decode()
+        raise BadRequest(f'invalid format: {shown}; expected "json" or a valid JSON Schema object')
+    raise NotSupported("structured output (format) is not supported yet")
+
+
+def _room(options: Options, request: Inference, loaded: LoadedModel[LocalModel]) -> Room:
+    return Room(_num_ctx(options, loaded), options.num_keep, request.truncate, request.shift)
+
+
+def _num_ctx(options: Options, loaded: LoadedModel[LocalModel]) -> int:
+    return min(options.num_ctx or loaded.context_length, loaded.context_length)
+
+
+async def _in_thread_if(
+    long: bool,
+    make: Callable[[LocalModel, ChatFormat, Think, Tokenizer, Room], Prompt],
+    *arguments: Any,
+) -> Prompt:
+    return await asyncio.to_thread(make, *arguments) if long else make(*arguments)
+
+
+def _said(**fields: Any) -> Said:
+    return Said(Piece(), {"done": True, **fields}, [])
+
+
+def _last(piece: Piece, prompt: Prompt, arrival: int, load_ns: int) -> Said:
+    end = piece.end
+    assert end is not None
+    cut = {"truncated": True, "prompt_tokens_total": prompt.total} if prompt.num_cut else {}
+    fields = {
+        "done": True,
+        "done_reason": end.reason,
+        "total_duration": time.monotonic_ns() - arrival,
+        "load_duration": load_ns,
+        "prompt_eval_count": len(prompt.ids),
+        "prompt_eval_duration": end.prompt_ns,
+        "eval_count": end.eval_count,
+        "eval_duration": end.decode_ns,
+        **cut,
+    }
+    return Said(piece, fields, [*prompt.ids, *end.token_ids])
