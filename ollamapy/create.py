@@ -45,7 +45,7 @@ def create_model(request: CreateRequest, library: Library, progress: Report) -> 
         layers = _own_layers(request, library, layers, licenses, progress)
         config.rootfs = {"type": "layers", "diff_ids": [layer.digest for layer in layers]}
         encoded = config.encode()
-        digest, _ = library.add(encoded)
+        digest, _ = library.blobs.add(encoded)
         progress(Progress(status="writing manifest"))
         library.write(name, Manifest(Layer(manifests.CONFIG_TYPE, digest.text, len(encoded)), layers))
     progress(Progress(status="success"))
@@ -216,7 +216,7 @@ def _own_layers(
     new: set[str] = set()
 
     def layer(media_type: str, data: bytes) -> Layer:
-        digest, created = library.add(data)
+        digest, created = library.blobs.add(data)
         if created:
             new.add(digest.text)
         return Layer(media_type, digest.text, len(data))

@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -95,10 +95,10 @@ class BlobWriter:
 
 
 class BlobStore:
-    """The folder `blobs/` of a model store."""
+    """The folder `blobs/` of a model store. `hold` is told of each blob before it gets its name or is found to have it."""
 
-    def __init__(self, root: Path, fs: FileOps | None = None) -> None:
-        self.root, self.folder = root, root / "blobs"
+    def __init__(self, root: Path, fs: FileOps | None = None, hold: Callable[[Digest], None] = lambda digest: None) -> None:
+        self.root, self.folder, self.hold = root, root / "blobs", hold
         self.fs = fs or FileOps()
         self.reserve = RESERVE
 
@@ -141,6 +141,7 @@ class BlobStore:
     def add(self, data: bytes) -> tuple[Digest, bool]:
         """Stores a small blob; says too whether it was new. An existing one is compared, and replaced if damaged."""
         digest = Digest.of(data)
+        self.hold(digest)
         if self.size(digest) == len(data) and self.verify(digest):
             return digest, False
         with self.ingest(digest, size=len(data)) as writer:
@@ -231,6 +232,7 @@ class BlobStore:
             return []
 
     def _publish(self, temporary: Path, digest: Digest) -> None:
+        self.hold(digest)
         self.fs.rename(temporary, self.path(digest))
         self.fs.fsync_dir(self.folder)
 
@@ -257,6 +259,7 @@ class BlobStore:
                 raise BadRequest(f'digest mismatch, expected "{expected}", got "{digest}"')
             self.fs.fsync(fd)
             if self.size(digest) is not None and os.path.samestat(os.stat(temporary), os.stat(self.path(digest))):
+                self.hold(digest)
                 return digest  # rename of one name of a file onto another does nothing
             self._publish(temporary, digest)
             published = True

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ollamapy.store.digest import Digest
+from ollamapy.store.fsops import FileOps, explained, make_dirs
 
 HOLD_SECONDS = 3600.0
 _IN_USE, _CHANGING = 0, 1
@@ -27,11 +28,11 @@ _BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 class Leases:
-    """One per Library. `mutex` guards every change of the store within this process."""
+    """One per Library, and one Library per store in a process. `mutex` guards every change within this process."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, fs: FileOps) -> None:
         self.mutex = threading.RLock()
-        self._path = root / ".lock"
+        self._path, self._fs = root / ".lock", fs
         self._fd = -1
         self._counts: Counter[Digest] = Counter()
         self._running = 0
@@ -40,7 +41,7 @@ class Leases:
 
     @contextmanager
     def lease(self, digests: Iterable[Digest] = ()) -> Iterator[None]:
-        """While it is open these blobs, and all that are held or written meanwhile, are not collected by anyone."""
+        """While it is open, these blobs are not collected by anyone."""
         taken = list(digests)
         with self.mutex:
             self._counts.update(taken)
@@ -56,7 +57,10 @@ class Leases:
                 self._share()
 
     def hold(self, digest: Digest) -> None:
-        """A blob was uploaded, or a client was told that it is there: it will soon be asked for."""
+        """A blob is about to get its name, or a client was told that it is there: a manifest will soon refer to it.
+
+        Waits for a collection that is under way, so that a blob published after this call stays.
+        """
         with self.mutex:
             self._holds[digest] = time.monotonic() + HOLD_SECONDS
             self._share()
@@ -76,24 +80,20 @@ class Leases:
         """Around a change of a manifest and what goes with it; one at a time over all threads and processes."""
         with self.mutex:
             if self._changing == 0:
-                fcntl.lockf(self._file(), fcntl.LOCK_EX, 1, _CHANGING)
+                self._lock(fcntl.LOCK_EX, _CHANGING)
             self._changing += 1
             try:
                 yield
             finally:
                 self._changing -= 1
                 if self._changing == 0:
-                    fcntl.lockf(self._file(), fcntl.LOCK_UN, 1, _CHANGING)
+                    self._lock(fcntl.LOCK_UN, _CHANGING)
 
     @contextmanager
     def collecting(self) -> Iterator[bool]:
         """Yields whether blobs may be removed: False while another process is at work."""
         with self.mutex:
-            try:
-                fcntl.lockf(self._file(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _IN_USE)
-            except OSError as error:
-                if error.errno not in _BUSY:
-                    raise
+            if not self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB, _IN_USE):
                 yield False
                 return
             try:
@@ -101,17 +101,31 @@ class Leases:
             finally:
                 self._share()
 
+    def close(self) -> None:
+        """Lets go of all locks."""
+        with self.mutex:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
     def _share(self) -> None:
         now = time.monotonic()
         self._holds = {digest: until for digest, until in self._holds.items() if until > now}
         if self._running or self._holds:
-            fcntl.lockf(self._file(), fcntl.LOCK_SH, 1, _IN_USE)
+            self._lock(fcntl.LOCK_SH, _IN_USE)
         elif self._fd >= 0:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _IN_USE)
+            self._lock(fcntl.LOCK_UN, _IN_USE)
 
-    def _file(self) -> int:
-        """The lock file; it stays open, because closing any descriptor of it would drop this process's locks."""
-        if self._fd < 0:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        return self._fd
+    def _lock(self, operation: int, byte: int) -> bool:
+        """False when it would have to wait and was not to. The file stays open: closing it would drop all locks."""
+        with explained("lock the model store"):
+            if self._fd < 0:
+                make_dirs(self._fs, self._path.parent)
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.lockf(self._fd, operation, 1, byte)
+            except OSError as error:
+                if error.errno in _BUSY:
+                    return False
+                raise
+        return True

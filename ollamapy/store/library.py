@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ollamapy.errors import NotFound, StoreError
@@ -27,15 +27,18 @@ PRUNE_AGE = 3600.0  # seconds; younger files may belong to a pull or create of a
 
 
 class Library:
-    """The model store in a folder (OLLAMA_MODELS). Safe to use from many threads, and beside other processes."""
+    """The model store in a folder (OLLAMA_MODELS): one object per process, for any number of threads.
+
+    Other processes may use the folder at the same time.
+    """
 
     def __init__(self, root: Path, fs: FileOps | None = None, *, noprune: bool = False) -> None:
         self.root = root
         self.fs = fs or FileOps()
         self.noprune = noprune
-        self.blobs = BlobStore(root, self.fs)
+        self.leases = Leases(root, self.fs)
+        self.blobs = BlobStore(root, self.fs, hold=self.leases.hold)
         self.manifests = ManifestStore(root, self.fs)
-        self.leases = Leases(root)
 
     def list(self) -> list[ModelSummary]:
         """All models, newest first. An unreadable manifest is left out with a warning."""
@@ -67,7 +70,7 @@ class Library:
         Every blob must be there already (StoreError). When this returns, the model survives a power cut.
         """
         blobs = manifest.blobs()
-        with self._changing():
+        with self.leases.changing():
             for layer in [manifest.config, *manifest.layers]:
                 if self.blobs.size(layer.blob) != layer.size:
                     raise StoreError(f"blob {layer.digest[:19]} is missing or does not have {layer.size} bytes")
@@ -80,7 +83,7 @@ class Library:
 
     def copy(self, source: ModelName, destination: ModelName) -> None:
         """The same manifest, byte for byte, under another name. NotFound; no-op when both are the same model."""
-        with self._changing():
+        with self.leases.changing():
             stored = self._stored(source)
             target = self.manifests.find(destination) or destination
             if target == stored.name:
@@ -92,7 +95,7 @@ class Library:
 
     def delete(self, name: ModelName) -> None:
         """Removes the manifest, then the blobs that no other refers to. NotFound. Works on damaged manifests too."""
-        with self._changing():
+        with self.leases.changing():
             stored = self.manifests.find(name)
             if stored is None:
                 raise NotFound(f"model '{name.given}' not found")
@@ -103,7 +106,7 @@ class Library:
     def prune(self) -> None:
         """At start: repairs old blob names; removes unreferenced blobs and temporary files older than an hour, and
         empty folders. Removes no blob while any manifest is damaged."""
-        with self._changing():
+        with self.leases.changing():
             self.blobs.repair_names()
             if self.noprune:
                 return
@@ -119,13 +122,12 @@ class Library:
         return self.leases.lease(digests)
 
     def hold(self, digest: Digest) -> None:
-        """A client was told that this blob is there, or is uploading it: keep it for an hour, or until a model has it."""
+        """A client was told that this blob is there: keep it for an hour, or until a model has it. Writing holds too."""
         self.leases.hold(digest)
 
-    def add(self, data: bytes) -> tuple[Digest, bool]:
-        """Stores a small blob for a model that is being made; says too whether it was new."""
-        self.leases.hold(Digest.of(data))
-        return self.blobs.add(data)
+    def close(self) -> None:
+        """Lets go of the store's lock file. The library can be used again, and opens it again."""
+        self.leases.close()
 
     def check(self, *, deep: bool = False) -> Sequence[str]:
         """What is wrong with the store, one line each: damaged manifests, missing blobs, and with `deep` wrong content."""
@@ -144,14 +146,6 @@ class Library:
             damaged = (digest for digest in self.blobs.digests() if not self.blobs.verify(digest))
             problems += [f"blob {digest.text[:19]} does not have the content its name says" for digest in damaged]
         return problems
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        try:
-            with self.leases.changing():
-                yield
-        except OSError as error:
-            raise StoreError(f"cannot lock the model store: {error.strerror}") from error
 
     def _stored(self, name: ModelName) -> StoredManifest:
         resolved = self.resolve(name)
