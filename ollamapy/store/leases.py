@@ -38,18 +38,22 @@ class Leases:
         self._running = 0
         self._holds: dict[Digest, float] = {}
         self._changing = 0
+        self._local = threading.local()
 
     @contextmanager
     def lease(self, digests: Iterable[Digest] = ()) -> Iterator[None]:
-        """While it is open, these blobs are not collected by anyone."""
+        """While it is open, these blobs and those that this thread writes are not collected by anyone."""
         taken = list(digests)
+        stack = self._own()
         with self.mutex:
             self._counts.update(taken)
             self._running += 1
             self._share()
+        stack.append(taken)
         try:
             yield
         finally:
+            stack.pop()
             with self.mutex:
                 self._counts.subtract(taken)
                 self._counts += Counter()  # drops what is no longer counted
@@ -59,11 +63,17 @@ class Leases:
     def hold(self, digest: Digest) -> None:
         """A blob is about to get its name, or a client was told that it is there: a manifest will soon refer to it.
 
+        Kept until the end of the lease that this thread has open; else until `release`, at most for HOLD_SECONDS.
         Waits for a collection that is under way, so that a blob published after this call stays.
         """
+        leases = self._own()
         with self.mutex:
-            self._holds[digest] = time.monotonic() + HOLD_SECONDS
-            self._share()
+            if leases:
+                leases[-1].append(digest)
+                self._counts[digest] += 1
+            else:
+                self._holds[digest] = time.monotonic() + HOLD_SECONDS
+                self._share()
 
     def release(self, digests: Iterable[Digest]) -> None:
         """A manifest refers to these now."""
@@ -100,6 +110,13 @@ class Leases:
                 yield True
             finally:
                 self._share()
+
+    def _own(self) -> list[list[Digest]]:
+        """Digests of the leases that this thread has open, innermost last."""
+        if not hasattr(self._local, "leases"):
+            self._local.leases = []
+        leases: list[list[Digest]] = self._local.leases
+        return leases
 
     def close(self) -> None:
         """Lets go of all locks."""

@@ -318,6 +318,30 @@ def test_held_and_leased_blobs_are_kept(library: Library) -> None:
     assert library.blobs.has(weights)
 
 
+def test_what_a_lease_wrote_outlives_other_models_of_it(library: Library) -> None:
+    """Another thread makes and deletes a model of the same bytes between the writing of a blob and of its manifest."""
+
+    def other() -> None:
+        make(library, "other", weights=b"same")
+        library.delete(name("other"))
+
+    for add in (library.blobs.add, lambda data: _ingest(library, data)):
+        with library.lease():
+            add(b"same")
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            assert library.blobs.has(Digest.of(b"same"))
+        make(library, "last", weights=b"same")
+        library.delete(name("last"))
+        assert not library.blobs.has(Digest.of(b"same"))
+
+
+def _ingest(library: Library, data: bytes) -> None:
+    with library.blobs.ingest() as writer:
+        writer.write(data)
+
+
 def test_holds_end(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     digest, _ = library.blobs.add(b"uploaded")
     _age(library)
