@@ -85,6 +85,8 @@ def _limited(name: str, function: Function) -> Function:
                 budget.make(len(arg))
             elif isinstance(arg, (list, tuple, dict)):
                 budget.make(len(arg) if shallow else weight(arg))
+            elif hasattr(arg, "__len__"):
+                budget.make(len(arg))
             else:
                 budget.step(300 if hasattr(arg, "__next__") else 1)  # an iterator's length is not known: look at the clock
         if estimate is not None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ollamapy.api.messages import Message, Tool, ToolCall, ToolCallFunction
 from ollamapy.chat.godata import message_value, tools_value
@@ -147,3 +149,16 @@ def test_long_else_if_chains_do_not_nest() -> None:
     arms = "".join(f"{{{{ else if eq .n {number} }}}}{number}" for number in range(1, 300))
     template = Template.parse(f"{{{{ if eq .n 0 }}}}0{arms}{{{{ else }}}}none{{{{ end }}}}")
     assert [template.execute({"n": number}) for number in (0, 299, 300)] == ["0", "299", "none"]
+
+
+PIECES = "{{ }} {{- -}} if else end range with define block template break nil . .a .b.c $ $x := = , | ( ) 1 -2.5 'c' \"s\" `r`"
+FUNCTIONS = "and or not eq lt len index slice print printf html js urlquery json call toTypeScriptType {{/* */}} \\ \n é"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from((PIECES + " " + FUNCTIONS).split(" ")), max_size=25), st.sampled_from(["", " "]))
+def test_any_text_renders_or_is_a_template_error(pieces: list[str], between: str) -> None:
+    try:
+        Template.parse(between.join(pieces)).execute({"a": "x", "b": {"c": [1.0, None]}}).encode()
+    except TemplateError as error:
+        assert str(error)

@@ -6,6 +6,8 @@ import threading
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ollamapy.chat import jinja
 from ollamapy.errors import TemplateError
@@ -179,7 +181,7 @@ BOMBS = [
         "{% for i in range(100000) %}{% set x = " + expression + " %}{% endfor %}"
         for expression in (
             "big ~ i", "big[1:]", "big == big ~ ''", "'zz' in big", "big.upper()", "big | title", "big.split('x')",
-            "big | list", "range(100000) | sum", "range(100000) | map('string') | join", "99999 in range(100000) | list",
+            "big | list", "range(100000) | sum", "range(100000) | max", "range(100000) | map('string') | join", "99999 in range(100000) | list",
             "range(100000) | sort", "dict.fromkeys(range(100000))", "big | wordcount", "big.encode().hex()",
         )
     ],
@@ -228,3 +230,19 @@ def test_what_a_prompt_needs_is_within_the_limits() -> None:
     )
     messages = [{"role": "user", "content": "x" * 3000}] * 1000
     assert len(jinja.render(source, {"messages": messages})) == 1000 * 3006
+
+
+PIECES = (
+    "{{ }} {% %} {%- -%} if else endif for in endfor set endset macro endmacro m call x messages[0].role loop.index | ~ + * % "
+    "** ( ) [ ] , : = == not and 'ab' '%s{0}' 3 100000 range( .format( .join( |join |tojson |list |replace( "
+    "|map( |sort |indent( namespace("
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES.split(" ")), max_size=25))
+def test_any_text_renders_or_is_a_template_error(pieces: list[str]) -> None:
+    try:
+        jinja.render(" ".join(pieces), {"messages": [{"role": "user"}], "x": ["a", {"b": 1}]})
+    except TemplateError as error:
+        assert str(error)

@@ -9,8 +9,7 @@ from typing import Any
 from ollamapy.chat.budget import Budget
 from ollamapy.chat.gotemplate.execute import Execution
 from ollamapy.chat.gotemplate.functions import BUILTINS
-from ollamapy.chat.gotemplate.nodes import Action, Field, Node, Variable, walk
-from ollamapy.chat.gotemplate.nodes import Chain as _Chain
+from ollamapy.chat.gotemplate.nodes import Chain, Field, Node, Variable, walk
 from ollamapy.chat.gotemplate.parser import Parser
 from ollamapy.errors import TemplateError
 
@@ -49,9 +48,6 @@ class Template:
         names: set[str] = set()
         for body in self.templates.values():
             for node in walk(list(body)):
-                if isinstance(node, (Field, Variable, _Chain)):
+                if isinstance(node, (Field, Variable, Chain)):
                     names.update(f".{name}" for name in node.names)
         return frozenset(names)
-
-
-__all__ = ["Action", "Field", "Node", "Template"]

@@ -192,15 +192,16 @@ class Execution:
         return _OPERANDS[type(node)](self, node, dot)
 
     def _fields(self, receiver: Any, names: Sequence[str], node: Node) -> Any:
-        """`receiver.a.b`: map keys (nil when missing) and struct fields. Of nil itself any one field is nil."""
-        for index, name in enumerate(names):
+        """`receiver.a.b`: map keys (nil when missing) and struct fields. Fields of nil itself are nil."""
+        if receiver is None:
+            return None
+        for name in names:
             if isinstance(receiver, dict):
                 receiver = receiver.get(name)
             elif isinstance(receiver, Struct) and name in receiver.values:
                 receiver = receiver.values[name]
             elif receiver is None:
-                if index:
-                    raise failure(node.line, f"nil pointer evaluating interface {{}}.{name}")
+                raise failure(node.line, f"nil pointer evaluating interface {{}}.{name}")
             else:
                 raise failure(node.line, f"can't evaluate field {name} in type {type_name(receiver)}")
         return receiver

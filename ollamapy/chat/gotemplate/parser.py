@@ -206,8 +206,6 @@ class Parser:
         for later in commands[1:]:
             if isinstance(later.args[0], (nodes.Constant, nodes.Dot)):
                 raise failure(later.line, f"non executable command in pipeline stage {commands.index(later) + 1}")
-        if declares:
-            self._variables += variables
         return nodes.Pipe(token.line, variables, declares, commands)
 
     def _declarations(self, where: str) -> tuple[tuple[str, ...], bool]:
@@ -221,8 +219,7 @@ class Parser:
                 self._take()
                 if len(names) > (2 if where == "range" else 1):
                     raise failure(mark.line, f"too many declarations in {where}")
-                for name in names if mark.kind == "=" else ():
-                    self._check_variable(name, mark.line)
+                self._variables += names  # from here on, also when only assigned to: Go looks closer when it runs
                 return tuple(names), mark.kind == ":="
             if mark.kind != "," or where != "range":
                 break

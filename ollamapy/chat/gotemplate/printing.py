@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ollamapy.chat.gotemplate.floats import fixed, shortest
@@ -137,11 +137,11 @@ def _formatted(spec: Spec, value: Any) -> str:
     if own is not None:
         value = own
     if isinstance(value, (list, dict, Struct)):
-        return _compound(value, lambda item: _formatted(spec, item))
+        return _compound(value, lambda item: "<nil>" if item is None else _formatted(spec, item))
     handler = _BY_KIND.get(kind(value))
     made = handler(spec, value) if handler else None
     if made is None:
-        shown = "<nil>" if value is None else f"{type_name(value)}={plain(value)}"
+        shown = "<nil>" if value is None else f"{type_name(value)}={_formatted(replace(spec, verb='v'), value)}"
         return f"%!{spec.verb}({shown})"
     return made
 
