@@ -181,7 +181,8 @@ BOMBS = [
         "{% for i in range(100000) %}{% set x = " + expression + " %}{% endfor %}"
         for expression in (
             "big ~ i", "big[1:]", "big == big ~ ''", "'zz' in big", "big.upper()", "big | title", "big.split('x')",
-            "big | list", "range(100000) | sum", "range(100000) | max", "range(100000) | map('string') | join", "99999 in range(100000) | list",
+            "big | list", "range(100000) | sum", "range(100000) | max",
+            "range(100000) | map('string') | join", "99999 in range(100000) | list",
             "range(100000) | sort", "dict.fromkeys(range(100000))", "big | wordcount", "big.encode().hex()",
         )
     ],
