@@ -15,14 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ollamapy import reference, reference_attention
+from ollamapy import extension, reference
 from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import TYPES, GGMLType
 from ollamapy.quant.dequant import DEQUANT
 from ollamapy.quant.tensor import QuantTensor
-from ollamapy.reference import Activation, Routing
-from ollamapy.reference_attention import AttentionPlan
+from ollamapy.reference import Activation as Activation
+from ollamapy.reference import Routing as Routing
+from ollamapy.reference import attention as paged_attention
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,23 @@ def _decodable(place: Place) -> str:
     return "" if place.type in DEQUANT else f"no decoder for {TYPES[place.type].name if place.type is not None else 'it'}"
 
 
+def _extension_rows(token_ids: Tensor, weight: QuantTensor) -> Tensor:
+    out: Tensor = extension.load().embedding_rows(weight.data, int(weight.type), token_ids)  # type: ignore[union-attr]
+    return out
+
+
+def _extension_decodes(place: Place) -> str:
+    if place.device.type != "cpu":
+        return f"not built for {place.device.type}"
+    library = extension.load()
+    if library is None:
+        return f"the extension is {extension.status()}"
+    known = place.type is not None and any(library.block_layout(int(place.type)))
+    return "" if known else "no decoder for this tensor type"
+
+
 TABLE: tuple[Kernel, ...] = (
+    Kernel("embedding", "csrc", _extension_rows, _extension_decodes, reference.prepare_embedding),
     Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
     Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),
     Kernel("moe", "reference", reference.moe, _anywhere),
@@ -80,8 +97,8 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("gated_activation", "reference", reference.gated_activation, _anywhere),
     Kernel("softcap", "reference", reference.softcap, _anywhere),
     Kernel("write_kv", "reference", reference.write_kv, _anywhere),
-    Kernel("plan_attention", "reference", AttentionPlan, _anywhere),
-    Kernel("attention", "reference", reference_attention.attention, _anywhere),
+    Kernel("plan_attention", "reference", paged_attention.AttentionPlan, _anywhere),
+    Kernel("attention", "reference", paged_attention.attention, _anywhere),
 )
 _WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
 
@@ -230,7 +247,7 @@ def attention(
     sinks: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
-    """Paged attention, (n, H, D) -> (n, H * Dv): see `reference_attention.attention`."""
+    """Paged attention, (n, H, D) -> (n, H * Dv): see `reference.attention.attention`."""
     out: Tensor = _fn["attention"](q, cache, plan, scale=scale, window=window, cap=cap, sinks=sinks, causal=causal)
     return out
 

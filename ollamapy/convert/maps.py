@@ -130,9 +130,7 @@ def gguf_name(map: NameMap, name: str) -> tuple[str, int | None]:
     raise UnsupportedModel(f"no GGUF name for the tensor {name} of a {map.architecture} checkpoint")
 
 
-def convert_tensors(
-    map: NameMap, config: HFConfig, tensors: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
+def convert_tensors(map: NameMap, config: HFConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """GGUF names and values, in the order of the input; experts become one tensor when their last one has come."""
     import torch
 

@@ -8,7 +8,6 @@ from ollamapy import ops
 from ollamapy.layers.layer import Declared, Layer, Part
 from ollamapy.layers.linear import Linear
 from ollamapy.layers.spec import ExpertsSpec, FeedForwardSpec
-from ollamapy.reference import Routing
 
 
 class Experts(Layer):
@@ -27,7 +26,7 @@ class MixtureOfExperts(Part):
         assert spec.experts is not None
         experts: ExpertsSpec = spec.experts
         self.activation = spec.activation
-        self.routing = Routing(experts.used, experts.gating, True, experts.scale)
+        self.routing = ops.Routing(experts.used, experts.gating, True, experts.scale)
         self.ffn_gate_inp = Linear(embedding_length, experts.count)
 
         def sources(name: str) -> tuple[str, ...]:

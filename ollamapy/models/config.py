@@ -1,7 +1,6 @@
 """ModelConfig: what a GGUF file's metadata says about a model, as plain frozen values. No torch.
 
-Both dialects of published files are read here (llama.cpp's keys, and those of older Ollama files); behind this file
-there is one. What an architecture fixes without saying so in metadata is in its model file.
+What an architecture fixes without saying so in metadata is in its model file.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ollamapy.errors import UnsupportedModel
+from ollamapy.gguf.dialect import normalise
 from ollamapy.layers.spec import Rope, RopeScaling
 from ollamapy.models import ARCHITECTURES
 from ollamapy.models.keys import Keys
 
-MAX_LAYERS = 4096  # more than any model has; a bound for the per-layer tuples
+MAX_LAYERS = MAX_EXPERTS = 4096  # more than any model has; a bound for what is made per layer and expert
 Pooling = Literal["none", "mean", "cls", "last", "rank"]
 _POOLING: tuple[Pooling, ...] = ("none", "mean", "cls", "last", "rank")  # by number, as llama.cpp counts them
 _SCALING_TYPES = ("none", "linear", "yarn", "longrope")
@@ -30,17 +30,12 @@ class Defaults:
     window_period: int = 0  # 0: every layer has the window; p: the last of each p layers has none
     attn_softcap: float = 0.0
     final_softcap: float = 0.0
-    rope_base: float = 10_000.0
-    local_rope_base: float = 0.0  # of layers with a window, which then have no scaling; 0: as the other layers
-    norm_eps: float | None = None  # None: the key is required
-    long_context_factor: float = 1.0  # linear rope factor of files for 128k tokens that do not state it
+    scaled_windows: bool = True  # rope scaling holds for layers with a window too
 
 
 DEFAULTS = {
     "gemma2": Defaults(window_period=2, attn_softcap=50.0, final_softcap=30.0),
-    "gemma3": Defaults(
-        window_period=6, rope_base=1_000_000.0, local_rope_base=10_000.0, norm_eps=1e-6, long_context_factor=8.0
-    ),
+    "gemma3": Defaults(window_period=6, scaled_windows=False),
 }
 
 
@@ -78,6 +73,7 @@ class ModelConfig:
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> ModelConfig:
         """Raises UnsupportedModel for an architecture that is not built, or for keys that are missing or make no sense."""
+        metadata, _ = normalise(metadata, {})
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str):
             raise UnsupportedModel("the model file does not say its architecture (general.architecture)")
@@ -104,16 +100,17 @@ class ModelConfig:
             value_length=lengths[1],
             windows=windows,
             ropes=_ropes(keys, shape, windows, lengths[0], defaults),
-            norm_eps=keys.number("attention.layer_norm_rms_epsilon", default=defaults.norm_eps),
+            norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
             causal=causal,
             pooling_type=_pooling(keys, causal),
             attn_scale=keys.number("attention.scale", default=0.0),
             attn_softcap=keys.number("attn_logit_softcapping", default=defaults.attn_softcap),
             final_softcap=keys.number("final_logit_softcapping", default=defaults.final_softcap),
-            temperature_scale=keys.number("attention.temperature_scale", "rope.scaling_beta", default=0.0),
+            temperature_scale=keys.number("attention.temperature_scale", default=0.0),
             temperature_length=keys.integer(
                 "attention.temperature_length", "rope.scaling.original_context_length", default=shape.context_length
-            ),
+            )
+            or shape.context_length,
             **_experts(keys),
         )
 
@@ -175,10 +172,10 @@ def _head_lengths(keys: Keys, shape: _Shape, windows: tuple[int, ...]) -> tuple[
 def _ropes(
     keys: Keys, shape: _Shape, windows: tuple[int, ...], key_length: tuple[int, ...], defaults: Defaults
 ) -> tuple[Rope, ...]:
-    base = keys.number("rope.freq_base", "rope.global.freq_base", default=defaults.rope_base)
-    scaling = _scaling(keys, shape.context_length, defaults)
-    local_base = keys.number("rope.freq_base_swa", "rope.local.freq_base", default=defaults.local_rope_base or base)
-    local_scaling = RopeScaling() if defaults.local_rope_base else scaling
+    base = keys.number("rope.freq_base", default=10_000.0)
+    scaling = _scaling(keys, shape.context_length)
+    local_base = keys.number("rope.freq_base_swa", default=base)
+    local_scaling = scaling if defaults.scaled_windows else RopeScaling()
     ropes = []
     for window, length in zip(windows, key_length, strict=True):
         dims = keys.integer("rope.dimension_count", default=length)
@@ -187,28 +184,28 @@ def _ropes(
         if dims % 2 or not 0 < dims <= length:
             raise UnsupportedModel(f"rope.dimension_count {dims} does not fit heads of {length}")
         ropes.append(Rope(dims, local_base, local_scaling) if window else Rope(dims, base, scaling))
-    if min(base, local_base) <= 0:
-        raise UnsupportedModel("rope.freq_base must be above 0")
+    if min(base, local_base) <= 1:
+        raise UnsupportedModel("rope.freq_base must be above 1")
     return tuple(ropes)
 
 
-def _scaling(keys: Keys, context_length: int, defaults: Defaults) -> RopeScaling:
-    long_factor = defaults.long_context_factor if context_length >= 131_072 else 1.0
-    factor = keys.number("rope.scaling.factor", "rope.scale_linear", default=long_factor)
+def _scaling(keys: Keys, context_length: int) -> RopeScaling:
+    factor = keys.number("rope.scaling.factor", "rope.scale_linear", default=1.0)
     type = keys.string("rope.scaling.type", default="linear" if factor != 1.0 else "none")
     if type not in _SCALING_TYPES:
         raise UnsupportedModel(f'unknown rope.scaling.type "{type}" (known: {", ".join(_SCALING_TYPES)})')
-    if factor <= 0:
-        raise UnsupportedModel(f"rope.scaling.factor must be above 0, not {factor}")
-    return RopeScaling(
+    scaling = RopeScaling(
         type,
         factor,
-        keys.integer("rope.scaling.original_context_length", default=context_length),
+        keys.integer("rope.scaling.original_context_length", default=context_length) or context_length,
         keys.number("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", default=0.0),
-        keys.number("rope.scaling.yarn_beta_fast", "rope.scaling.beta_fast", default=32.0),
-        keys.number("rope.scaling.yarn_beta_slow", "rope.scaling.beta_slow", default=1.0),
-        keys.number("rope.scaling.yarn_log_multiplier", "rope.scaling.mscale_all_dim", default=0.0),
+        keys.number("rope.scaling.yarn_beta_fast", default=32.0),
+        keys.number("rope.scaling.yarn_beta_slow", default=1.0),
+        keys.number("rope.scaling.yarn_log_multiplier", default=0.0),
     )
+    if min(factor, scaling.beta_fast, scaling.beta_slow) <= 0:
+        raise UnsupportedModel("rope.scaling: factor, yarn_beta_fast and yarn_beta_slow must be above 0")
+    return scaling
 
 
 def _pooling(keys: Keys, causal: bool) -> Pooling:
@@ -221,8 +218,8 @@ def _pooling(keys: Keys, causal: bool) -> Pooling:
 def _experts(keys: Keys) -> dict[str, Any]:
     count = keys.integer("expert_count", default=0)
     used = keys.integer("expert_used_count", default=0)
-    if count and not 1 <= used <= count:
-        raise UnsupportedModel(f"expert_used_count {used} of {count} experts")
+    if count > MAX_EXPERTS or (count and not 1 <= used <= count):
+        raise UnsupportedModel(f"{used} of {count} experts cannot be run; up to {MAX_EXPERTS} can")
     gating = keys.integer("expert_gating_func", default=1)
     if gating not in _GATING:
         raise UnsupportedModel(f"unknown expert_gating_func {gating}")

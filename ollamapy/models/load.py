@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.errors import UnsupportedModel
-from ollamapy.gguf.reader import GGUFFile
+from ollamapy.gguf.dialect import normalise
+from ollamapy.gguf.reader import GGUFFile, TensorInfo
 from ollamapy.layers.layer import Declared, Layer, declared_tensors
 from ollamapy.models import ARCHITECTURES
 from ollamapy.models.config import ModelConfig
@@ -23,26 +24,34 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a status, the bytes of weights done and those to do."""
 
+Job = tuple[Layer, str, Declared, list[TensorInfo]]
+"""A layer's key, what it declared, and the tensors of the file that fill it."""
+
 OTHER_MODALITIES = ("v.", "mm.", "a.")  # vision and audio towers that some files carry beside the text model
 _SHOWN = 12  # names listed in an error
 
 
-def load_model(file: GGUFFile, device: torch.device, progress: Progress | None = None, *, context_length: int = 0) -> Decoder:
-    """A model ready to run, its weights in the form of the kernels chosen for the device (`ops.choose`).
+def load_model(
+    file: GGUFFile, device: torch.device, progress: Progress | None = None, *, context_length: int = 0, kernels: str = ""
+) -> Decoder:
+    """A model ready to run, its weights in the form of the kernels that the device allows; `kernels` forces a family of them.
 
     `context_length` is the longest sequence that will be run (0: what the file says); longrope models choose factors by it.
     Raises UnsupportedModel for an architecture, tensors or shapes that cannot be run, naming them. Weights that are used as
     they lie in the file stay mapped after the file is closed.
     """
     config = ModelConfig.from_gguf(file.metadata)
-    skipped = {name for name in file.tensors if name.startswith(OTHER_MODALITIES)}
+    _, tensors = normalise(file.metadata, file.tensors)
+    ops.choose(device, kernels)
+    skipped = {name for name in tensors if name.startswith(OTHER_MODALITIES)}
     if skipped:
         log.info("leaving out %d vision and audio tensors: only text is supported", len(skipped))
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items() if name not in skipped}
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in skipped}
     model = _architecture(config.architecture)(config, shapes, context_length)
-    wanted = [(name, layer, key, declared) for name, layer, key, declared in declared_tensors(model)]
-    _check({declared.sources or (name,): declared for name, _, _, declared in wanted}, shapes)
-    _load(file, wanted, device, progress or (lambda status, completed, total: None))
+    wanted = [(layer, key, declared, declared.sources or (name,)) for name, layer, key, declared in declared_tensors(model)]
+    _check({sources: declared for *_, declared, sources in wanted}, shapes)
+    jobs = [(layer, key, declared, [tensors[name] for name in sources]) for layer, key, declared, sources in wanted]
+    _load(file, jobs, device, progress or (lambda status, completed, total: None))
     model.prepare(device)
     model.weight_bytes = measure(model)
     return model
@@ -71,24 +80,23 @@ def _check(wanted: dict[tuple[str, ...], Declared], shapes: dict[str, tuple[int,
         raise UnsupportedModel("the model file does not fit its architecture; " + "; ".join(problems))
 
 
-def _load(file: GGUFFile, wanted: list[tuple[str, Layer, str, Declared]], device: torch.device, progress: Progress) -> None:
-    jobs = [(layer, key, declared, declared.sources or (name,)) for name, layer, key, declared in wanted]
-    total = sum(file.tensors[source].nbytes for *_, sources in jobs for source in sources)
+def _load(file: GGUFFile, jobs: list[Job], device: torch.device, progress: Progress) -> None:
+    total = sum(source.nbytes for *_, sources in jobs for source in sources)
     completed = 0
     progress("loading", completed, total)
     for layer, key, declared, sources in jobs:
         layer.load(key, ops.prepare(_read(file, sources), device, declared.use))
-        completed += sum(file.tensors[source].nbytes for source in sources)
+        completed += sum(source.nbytes for source in sources)
         progress("loading", completed, total)
 
 
-def _read(file: GGUFFile, sources: tuple[str, ...]) -> QuantTensor:
+def _read(file: GGUFFile, sources: list[TensorInfo]) -> QuantTensor:
     """One tensor of the file as it lies there, or several stacked along a new first dimension."""
-    parts = [QuantTensor.from_file(file, source) for source in sources]
+    parts = [QuantTensor.from_file(file, source.name) for source in sources]
     if len(parts) == 1:
         return parts[0]
     if any(part.type is not parts[0].type for part in parts):
-        raise UnsupportedModel(f"the experts {sources[0]} and following are not all of one type")
+        raise UnsupportedModel(f"{sources[0].name} and the other experts' tensors are not all of one type")
     return QuantTensor(torch.stack([part.data for part in parts]), parts[0].type, (len(parts), *parts[0].shape))
 
 

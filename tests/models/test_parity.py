@@ -12,6 +12,8 @@ from torch import Tensor
 from tests.models.paged import Paged
 from tests.models.tiny import Tiny, pair
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LIMIT = 1e-5  # of max|difference| / max|reference|; observed 3e-7 to 2e-6
 LONG, SHORT = 48, 33  # tokens: three windows of 16, and blocks that end in the middle
 

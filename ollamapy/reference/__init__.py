@@ -2,11 +2,11 @@
 
 One promise beyond the values: a row's result does not depend, bit for bit, on the rows beside it. torch breaks that in three
 ways, and each is avoided by construction:
-- a BLAS picks its summation order by the number of rows. Rows go through it in multiples of `ROW_TILE`: measured equal for
-  every multiple of 4 up to 2048 rows, K from 32 to 14336, 1 to 16 threads; 1, 2 and 3 rows differ from all others, and with
-  several threads 5, 6, 7 and 9 too.
+- a BLAS picks its summation order by the number of rows. Rows go through it in multiples of `ROW_TILE`: measured equal
+  (MKL, AVX-512) for every multiple of 4 up to 704 rows, K a multiple of 4 from 32 to 14336, 1 to 16 threads. 1, 2 and 3 rows
+  differ from all others, and with several threads 5, 6, 7 and 9 too.
 - silu, gelu and sigmoid round differently in the tail of a vector loop; exp and tanh do not, so these are made of them.
-- sums over the keys would group them by the length of the cache. Attention adds tiles of `KEY_TILE` positions in order.
+- sums over the keys would group them by the length of the cache. Attention (`attention.py`) adds tiles of positions in order.
 """
 
 from __future__ import annotations

@@ -157,23 +157,23 @@ def attention(
     denominator. H is a multiple of the cache's heads; heads h * H / Hkv and the following share key-value head h.
     """
     num_kv_heads, value_length = cache.value.shape[2:]
-    heads = Heads(q.shape[1], num_kv_heads, q.shape[2] + value_length, window, causal)
-    out = q.new_zeros(q.shape[0], q.shape[1] * value_length)
-    for group in plan.groups(heads):
+    num_rows, num_heads, key_length = q.shape
+    width = num_heads // num_kv_heads * value_length
+    out = q.new_zeros(num_rows, num_kv_heads, width)
+    for group in plan.groups(Heads(num_heads, num_kv_heads, key_length + value_length, window, causal)):
         queries = _queries(q, group, num_kv_heads, scale)
         scores = torch.matmul(queries, _gather(cache.key, group).transpose(-1, -2))  # (tiles, S, Hkv, R, KEY_TILE)
         if cap:
             softcap(scores, cap)
         total = _softmax(scores.add_(group.bias), _sink_rows(sinks, group, scores) if sinks is not None else None)
         answer = _add_tiles(torch.matmul(scores, _gather(cache.value, group))).div_(total)  # (S, Hkv, R, Dv)
-        used = group.length * q.shape[1] // num_kv_heads
-        answer = answer[:, :, :used].reshape(group.num_sequences, num_kv_heads, group.length, -1)  # (S, Hkv, L, G * Dv)
-        answer = answer.transpose(1, 2).reshape(-1, out.shape[1])
+        used = answer.narrow(2, 0, group.length * num_heads // num_kv_heads)
+        used = used.view(group.num_sequences, num_kv_heads, group.length, width).transpose(1, 2)
         if group.rows is None:
-            out[group.start : group.start + group.length] = answer
+            out.narrow(0, group.start, group.length).copy_(used[0])
         else:
-            out.index_copy_(0, group.rows, answer)
-    return out
+            out.index_copy_(0, group.rows, used.flatten(0, 1))
+    return out.view(num_rows, -1)
 
 
 def _queries(q: Tensor, group: _Group, num_kv_heads: int, scale: float) -> Tensor:

@@ -1,0 +1,84 @@
+"""The table: order, forced families, reasons, and what `chosen` says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ollamapy import ops
+from ollamapy.errors import UnsupportedModel
+from ollamapy.gguf.types import GGMLType
+from ollamapy.ops import Kernel
+from ollamapy.quant.tensor import QuantTensor
+from tests.ops.tensors import float32
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    yield
+    ops.choose(CPU)
+
+
+def _add(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel) -> None:
+    monkeypatch.setattr(ops, "TABLE", (*kernels, *ops.TABLE))
+
+
+def test_every_op_has_a_reference_that_runs_anywhere() -> None:
+    for op in {kernel.op for kernel in ops.TABLE}:
+        last = ops.kernels_for(op)[-1]
+        assert last.family == "reference", op
+        assert last.needs(ops.Place(torch.device("meta"), GGMLType.F32)) == "", op
+
+
+def test_the_first_that_can_serve_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Kernel("softcap", "csrc", lambda x, cap: x, lambda place: "" if place.device.type == "cpu" else "only on a CPU")
+    _add(monkeypatch, fast)
+    ops.choose(CPU)
+    assert ops.chosen()["softcap"] == "csrc"
+    assert ops.softcap(torch.full((1,), 99.0), 1.0).item() == 99.0
+    ops.choose(CPU, "reference")
+    assert ops.chosen()["softcap"] == "reference"
+    assert ops.softcap(torch.full((1,), 99.0), 1.0).item() == 1.0
+
+
+def test_a_fallback_is_logged_once_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    _add(monkeypatch, Kernel("softcap", "triton", lambda x, cap: x, lambda place: "no such compiler"))
+    for _ in range(3):
+        ops.choose(CPU)
+    messages = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert messages == ["softcap runs on the reference kernel (triton: no such compiler)"]
+
+
+def test_a_kernel_may_serve_some_types_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs(place: ops.Place) -> str:
+        return "" if place.type is GGMLType.Q8_0 else "not this type"
+
+    _add(monkeypatch, Kernel("linear", "csrc", lambda x, w, bias: w, needs, lambda weight, device: "packed"))
+    ops.choose(CPU)
+    q8 = ops.prepare(QuantTensor(torch.zeros(2, 34, dtype=torch.uint8), GGMLType.Q8_0, (2, 32)), CPU, "linear")
+    dense = ops.prepare(float32(torch.ones(2, 32)), CPU, "linear")
+    assert isinstance(q8, ops.Weight) and isinstance(dense, ops.Weight)
+    assert (q8.data, q8.shape, q8.kernel.family, dense.kernel.family) == ("packed", (2, 32), "csrc", "reference")
+    assert ops.chosen()["linear"] == "csrc, reference"
+
+
+def test_a_type_without_any_kernel_is_an_error_with_the_reasons() -> None:
+    with pytest.raises(UnsupportedModel, match=r"no kernel for linear on cpu \(reference: no decoder for I32\)"):
+        ops.prepare(QuantTensor(torch.zeros(2, 16, dtype=torch.uint8), GGMLType.I32, (2, 4)), CPU, "linear")
+
+
+def test_unknown_family() -> None:
+    with pytest.raises(UnsupportedModel, match='unknown kernel family "cutlass"'):
+        ops.choose(CPU, "cutlass")
+
+
+def test_moe_and_dense_weights() -> None:
+    dense = ops.prepare(float32(torch.ones(5)), CPU, "dense")
+    assert isinstance(dense, torch.Tensor) and torch.equal(dense, torch.ones(5))
+    experts = ops.prepare(float32(torch.ones(3, 2, 4)), CPU, "linear")
+    assert isinstance(experts, ops.Weight) and experts.data.shape == (3, 2, 4)
