@@ -62,7 +62,8 @@ class Loop:
                 self._send([protocol.Fatal(_out_of_memory(self._plan, error))])
                 raise
             except Exception as error:
-                text = _out_of_memory(self._plan, error) if type(error).__name__ == "OutOfMemoryError" else _text(error)
+                out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's
+                text = _out_of_memory(self._plan, error) if out_of_memory else f"the engine failed: {_text(error)}"
                 self._send([protocol.Fatal(text)])
                 raise  # the process ends: after an error of the device nothing in it can be trusted
 

@@ -24,6 +24,17 @@ log = logging.getLogger(__name__)
 _ROOT = str(Path(__file__).parents[2])
 _START = f"import sys; sys.path.append({_ROOT!r}); from ollamapy.lifecycle.forkserver import main; main()"
 COMMAND = (sys.executable, "-P", "-c", _START)
+ENVIRONMENT = {
+    # No threads before the fork, or the OpenMP of an engine hangs: OpenBLAS starts its own when numpy is imported, and any
+    # torch operation on import starts a team. An engine sets its number by its plan.
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    # A team that spins 300,000 times at each barrier (libgomp's default) starves itself when other programs use a core:
+    # on 2 cores under a load of 7 a token of SmolLM2 took 0.6-1.8 s, with this 0.13 s and a quarter of the CPU time.
+    "GOMP_SPINCOUNT": "1000",
+    # "cuda:1" is then the same card for NVML (placement) and for CUDA (the engine).
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+}
 
 
 class _Link:
@@ -31,9 +42,7 @@ class _Link:
 
     def __init__(self, command: tuple[str, ...]) -> None:
         ours, theirs = socketpair()
-        # One OpenBLAS thread: numpy's would be started at import, and a process with threads must not fork.
-        # PCI order makes "cuda:1" the same card for NVML (placement) and for CUDA (the engine).
-        environment = child_environment(OPENBLAS_NUM_THREADS="1", CUDA_DEVICE_ORDER="PCI_BUS_ID")
+        environment = child_environment(**ENVIRONMENT)
         level = logging.getLogger().getEffectiveLevel()
         with theirs:
             arguments = [*command, str(theirs.fileno()), str(os.getpid()), str(level)]
@@ -96,7 +105,7 @@ class _Link:
         else:
             log.info("engines can start: imports took %.1f s", reply.seconds)
             if reply.num_threads != 1:
-                log.warning("the forkserver has %d threads; a library started some when imported", reply.num_threads)
+                log.error("an import started threads (%d are there): engines forked from them may hang", reply.num_threads)
             self.preloaded.set_result(reply)
 
     def close(self) -> None:

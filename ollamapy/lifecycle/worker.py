@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from ollamapy import ops
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.protocol import Plan
+from ollamapy.errors import NotSupported
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.lifecycle.devices import physical_cores
 from ollamapy.lifecycle.loop import Loop, Progress
@@ -22,13 +24,16 @@ log = logging.getLogger(__name__)
 
 
 def build_engine(plan: Plan, progress: Progress) -> Engine:
-    """Loads the model. Raises GGUFError, UnsupportedModel, MemoryError and what torch raises."""
+    """Loads the model. Raises GGUFError, UnsupportedModel, NotSupported for adapters, MemoryError and what torch raises."""
+    if plan.adapter_paths:
+        raise NotSupported("adapters (LoRA) are not supported yet")
     torch.set_num_threads(plan.num_threads or physical_cores())
     torch.set_num_interop_threads(1)
     log.info("loading %s on %s with %d threads", Path(plan.model_path).name, plan.device, torch.get_num_threads())
     with GGUFFile.open(plan.model_path) as file:
-        model = load_model(file, torch.device(plan.device), progress)
-    return Engine(model, plan)
+        device = torch.device(plan.device)
+        model = load_model(file, device, progress, context_length=plan.context_length, kernels=plan.kernels)
+    return Engine(model, plan, ops.chosen())
 
 
 def main(sock: socket.socket, plan: Plan) -> None:

@@ -262,7 +262,7 @@ def test_a_reader_too_far_behind_is_cut(tmp_path: Path, monkeypatch: pytest.Monk
         engine = await EngineProcess.start(spawner, plan(tmp_path / "m", step_seconds=0.001, trace=str(trace)))
         slow = engine.generate([0], SamplingParams(max_tokens=10000))
         await anext(slow)
-        await within(5, lambda: "abort" in trace.read_text())
+        await within(5, lambda: "\nabort " in trace.read_text())
         assert engine.num_requests == 0
         assert len((await anext(slow)).token_ids) == 51, "what came before the cut is not lost"
         with pytest.raises(EngineError, match="behind"):
@@ -303,7 +303,7 @@ def test_fifty_disconnects_abort_at_once(tmp_path: Path) -> None:
             readers.append(_read_until(outputs, generator.random() * 0.5, generator.choice(["cancel", "close"])))
         survivor = asyncio.create_task(collect(engine, 60))
         left = sorted(await asyncio.gather(*readers))
-        await within(1, lambda: trace.read_text().count("abort") >= 50)
+        await within(1, lambda: trace.read_text().count("\nabort ") >= 50)
         aborted = sorted(float(line.split()[1]) for line in trace.read_text().splitlines() if line.startswith("abort"))
         assert len(aborted) == 50, "each once"
         assert max(seen - gone for seen, gone in zip(aborted, left, strict=True)) < 0.25
@@ -325,7 +325,7 @@ def test_closing_a_finished_generation_aborts_nothing(tmp_path: Path) -> None:
         never_started = engine.generate([0], SamplingParams(max_tokens=2))
         await never_started.aclose()  # type: ignore[attr-defined]
         await engine.stats()
-        assert "abort" not in trace.read_text()
+        assert "\nabort " not in trace.read_text()
         await engine.close()
 
     run(check)

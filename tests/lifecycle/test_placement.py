@@ -1,0 +1,235 @@
+"""Placement by numbers alone, and what the devices module reads from the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ollamapy.api import options as api_options
+from ollamapy.env import Settings, load
+from ollamapy.errors import EngineError
+from ollamapy.gguf.reader import TensorInfo
+from ollamapy.gguf.types import GGMLType
+from ollamapy.lifecycle import devices as devices_module
+from ollamapy.lifecycle.devices import GPU, Devices, _memory_limits, physical_cores, visible_gpus
+from ollamapy.lifecycle.placement import BASE_BYTES, DoesNotFit, Placement, RunnerOptions, plan, weight_bytes
+from ollamapy.models.config import ModelConfig
+
+GIB = 1 << 30
+
+
+def config(trained: int = 131072) -> ModelConfig:
+    """Llama 3.1 8B: 128 KiB of f16 KV per token."""
+    keys = {
+        "context_length": trained, "embedding_length": 4096, "block_count": 32, "feed_forward_length": 14336,
+        "attention.head_count": 32, "attention.head_count_kv": 8, "attention.layer_norm_rms_epsilon": 1e-5,
+        "vocab_size": 128256,
+    }  # fmt: skip
+    return ModelConfig.from_gguf({"general.architecture": "llama", **{f"llama.{key}": value for key, value in keys.items()}})
+
+
+def cpu(free: float, cores: int = 4) -> Devices:
+    return Devices(cores, 64 * GIB, int(free * GIB))
+
+
+def gpus(*sizes: tuple[float, float], free: float = 64) -> Devices:
+    """GPUs of (total, free) GiB."""
+    cards = tuple(GPU(i, f"card {i}", int(total * GIB), int(left * GIB), (9, 0)) for i, (total, left) in enumerate(sizes))
+    return Devices(8, 64 * GIB, int(free * GIB), cards)
+
+
+def place(devices: Devices, weights: float = 5, options: dict[str, object] | None = None, **settings: Any) -> Placement:
+    return plan(
+        config(), int(weights * GIB), devices, Settings(**settings), RunnerOptions.of(options or {}), "m.gguf", ("a.gguf",)
+    )
+
+
+def test_a_cpu_plan() -> None:
+    placed = place(cpu(32))
+    made = placed.plan
+    assert (made.model_path, made.adapter_paths, made.device, made.num_threads) == ("m.gguf", ("a.gguf",), "cpu", 4)
+    assert (made.context_length, made.kv_dtype, made.block_size, made.max_batch_tokens) == (4096, "f16", 16, 512)
+    assert made.num_blocks == 8 * 4096 // 16, "8 contexts of 0.5 GiB are less than half of what is left"
+    assert placed.kv_bytes == 4 * GIB
+    assert placed.notes == () and not placed.spilled
+    assert placed.total_bytes < 10 * GIB
+
+
+@pytest.mark.parametrize(
+    ("free", "settings", "contexts", "notes"),
+    [
+        (64, {}, 8, 0),
+        (64, {"num_parallel": 1}, 1, 0),
+        (64, {"num_parallel": 20}, 20, 0),
+        (9, {}, 3, 0),  # 3.3 GiB are left; half of that for 0.5 GiB each
+        (9, {"num_parallel": 20}, 3, 1),
+        (6.3, {}, 1, 0),  # 0.6 GiB are left: one context, though it is more than half
+        (9, {"kv_cache_type": "f32"}, 1, 0),
+        (9, {"kv_cache_type": "BF16"}, 3, 0),
+        (9, {"kv_cache_type": "q8_0"}, 3, 1),
+    ],
+)
+def test_kv_room(free: float, settings: dict[str, Any], contexts: int, notes: int) -> None:
+    placed = place(cpu(free), **settings)
+    assert placed.plan.num_blocks == contexts * 256
+    assert len(placed.notes) == notes
+    assert placed.kv_bytes == contexts * 4096 * (262144 if settings.get("kv_cache_type") == "f32" else 131072)
+    assert placed.total_bytes <= free * GIB
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "trained", "expected"),
+    [
+        ({}, 0, 131072, 4096),
+        ({}, 0, 2048, 2048),
+        ({}, 1024, 131072, 1024),
+        ({"num_ctx": 8192}, 1024, 131072, 8192),
+        ({"num_ctx": 8192}, 0, 2048, 2048),
+        ({"num_ctx": 1}, 0, 131072, 4),
+        ({"num_ctx": 0}, 0, 131072, 4),  # explicit
+        ({"num_ctx": None}, 0, 131072, 4096),
+        ({"num_ctx": 100}, 0, 131072, 100),
+        ({}, 2, 131072, 4),
+    ],
+)
+def test_context_length(options: dict[str, object], environment: int, trained: int, expected: int) -> None:
+    settings = Settings(context_length=environment)
+    made = plan(config(trained), GIB, cpu(60), settings, RunnerOptions.of(options)).plan
+    assert made.context_length == expected
+    assert made.num_blocks * made.block_size >= expected
+    assert made.num_blocks == 8 * -(-expected // 16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overhead", "expected"),
+    [
+        ([(47, 47)], 0, 131072),  # 262144, above what the model was trained for
+        ([(24, 23.9)], 0, 32768),
+        ([(24, 23.9)], 2, 4096),
+        ([(16, 16), (16, 16)], 0, 32768),
+        ([(22, 22)], 0, 4096),
+        ([(24, 8)], 0, 4096),  # lowered: 32768 do not fit in what is free
+    ],
+)
+def test_automatic_context_goes_by_all_gpus(sizes: list[tuple[float, float]], overhead: int, expected: int) -> None:
+    placed = place(gpus(*sizes), gpu_overhead=overhead * GIB)
+    assert placed.plan.device == "cuda:0"
+    assert placed.plan.context_length == expected
+    assert placed.plan.max_batch_tokens == {131072: 2048, 32768: 1024, 4096: 512}[expected]
+    assert placed.plan.max_num_seqs == 256
+
+
+def test_choice_of_device() -> None:
+    two = gpus((24, 10), (24, 20))
+    assert place(two).plan.device == "cuda:1", "the one with the most free memory"
+    assert place(two, options={"main_gpu": 0}).plan.device == "cuda:0"
+    assert place(two, options={"num_gpu": 0}).plan.device == "cpu"
+    assert place(two, device="cpu").plan.device == "cpu"
+    assert place(two, device="cuda:0").plan.device == "cuda:0"
+    assert place(two, options={"num_gpu": 10}).notes != ()
+    assert place(two, options={"num_gpu": 33}).notes == ()
+    full = gpus((24, 3))
+    spilled = place(full)
+    assert (spilled.plan.device, spilled.spilled) == ("cpu", True)
+    assert "does not fit on a GPU" in spilled.notes[0]
+    with pytest.raises(DoesNotFit, match="more GPU memory"):
+        place(full, device="cuda")
+    with pytest.raises(EngineError, match=r"cuda:3: there is no such GPU \(found: cuda:0 card 0, cuda:1 card 1\)"):
+        place(two, device="cuda:3")
+    with pytest.raises(EngineError, match=r"there is no such GPU \(found: none\)"):
+        place(cpu(8), device="cuda")
+    with pytest.raises(EngineError, match="must be cpu, cuda or"):
+        place(cpu(8), device="tpu")
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(DoesNotFit, match=r"\(5\.\d GiB with a context of 4096 tokens\) than is available \(5\.0 GiB\)"):
+        place(cpu(5), weights=4.8)
+    with pytest.raises(DoesNotFit, match="context of 131072"):
+        place(cpu(16), options={"num_ctx": 131072})
+    assert place(cpu(24), options={"num_ctx": 131072}).plan.num_blocks == 8192
+
+
+def test_threads_batches_and_kernels() -> None:
+    made = place(cpu(16), options={"num_thread": 3, "num_batch": 32}, kernels="reference").plan
+    assert (made.num_threads, made.max_batch_tokens, made.max_num_seqs, made.kernels) == (3, 32, 32, "reference")
+    assert place(cpu(32), options={"num_ctx": 8192, "num_batch": None}).plan.max_batch_tokens == 1024
+
+
+def test_runner_options_of_merged_options() -> None:
+    merged, _ = api_options.merge({"num_ctx": 2048}, {"num_ctx": 0, "num_thread": 2, "num_gpu": 0, "temperature": 1})
+    assert RunnerOptions.of(merged) == RunnerOptions(num_ctx=4, num_thread=2, num_gpu=0)
+    assert RunnerOptions.of(api_options.Options()) == RunnerOptions() == RunnerOptions.of({"num_gpu": -1, "num_thread": 0})
+
+
+def test_weight_bytes() -> None:
+    def info(name: str, shape: tuple[int, ...], nbytes: int) -> TensorInfo:
+        return TensorInfo(name, GGMLType.Q4_0, shape, nbytes, 0, 0)
+
+    embedding, output = info("token_embd.weight", (100, 64), 3600), info("output.weight", (100, 64), 3600)
+    linear = info("blk.0.attn_q.weight", (64, 64), 2304)
+    assert weight_bytes([embedding, output, linear]) == 3600 + 4 * 6400 + 4 * 4096
+    assert weight_bytes([embedding, linear]) == 3600 + 4 * 6400 + 4 * 4096, "a tied embedding is a matrix too"
+
+
+def test_devices_of_this_machine() -> None:
+    found = Devices.discover("")
+    assert 1 <= found.cpu_cores <= (os.cpu_count() or 1)
+    assert 0 < found.free_memory <= found.total_memory
+    assert found.gpus == ()
+    assert found.emptied().free_memory == found.total_memory
+    assert found.without(1 << 60).free_memory == 0
+    assert BASE_BYTES["cpu"] < found.total_memory
+
+
+def test_cores_respect_affinity() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert physical_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_control_group_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    limit, usage = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    inactive = "inactive_file" if version == 2 else "total_inactive_file"
+    for group, most, used in (("outer", "1000", 700), ("outer/inner", "max" if version == 2 else str(1 << 62), 300)):
+        folder = root / group
+        folder.mkdir(parents=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / usage).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{inactive} 100\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/outer/inner\n" if version == 2 else "5:cpu:/x\n3:memory:/outer/inner\n")
+    monkeypatch.setattr(devices_module, "_CGROUP", tmp_path)
+    assert list(_memory_limits(membership))[-1] == (1000, 600)
+    assert list(_memory_limits(tmp_path / "absent")) == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "numbers"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("-1", []),
+        ("2,0", [2, 0]),
+        ("0, 7, 1", [0]),
+        ("GPU-b", [1]),
+        ("GPU-", []),  # not unique
+        ("GPU-c1,0", [2, 0]),
+        ("1,1", []),
+    ],
+)
+def test_visible_gpus(visible: str | None, numbers: list[int]) -> None:
+    assert visible_gpus(visible, ["GPU-a1", "GPU-b1", "GPU-c1"]) == numbers
+
+
+def test_an_empty_cuda_visible_devices_is_not_an_absent_one() -> None:
+    assert load({"CUDA_VISIBLE_DEVICES": ""}).cuda_visible_devices == ""
+    assert load({}).cuda_visible_devices is None

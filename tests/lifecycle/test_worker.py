@@ -1,0 +1,85 @@
+"""The real engine process: torch preloaded, a real model, a real answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ollamapy.engine.protocol import SamplingParams
+from ollamapy.env import Settings
+from ollamapy.errors import BadRequest, EngineError, NotSupported
+from ollamapy.lifecycle.residents import Residents
+from ollamapy.names import ModelName
+from tests.conftest import golden
+from tests.lifecycle.fakes import FakeModel, exists, write_model
+
+NAME = ModelName.parse("smollm2:135m")
+log = logging.getLogger(__name__)
+
+
+async def generate(residents: Residents, model: FakeModel, ids: list[int], count: int) -> tuple[list[int], int, list[float]]:
+    """Greedy tokens, the engine's pid, and seconds from the request until the model is there and until the first token."""
+    start = time.monotonic()
+    tokens: list[int] = []
+    times: list[float] = []
+    async with residents.use(model, {"num_ctx": 512}) as loaded:
+        times.append(time.monotonic() - start)
+        async for output in loaded.engine.generate(ids, SamplingParams(temperature=0.0, max_tokens=count)):
+            if not tokens:
+                times.append(time.monotonic() - start)
+            tokens += output.token_ids
+        return tokens, loaded.engine.pid, times
+
+
+def test_cold_start_answer_crash_and_answer_again(smollm2_path: Path, tmp_path: Path) -> None:
+    case = golden("smollm2-135m")["greedy"][0]
+    ids, expected = case["prompt_ids"], case["ids"][:4]
+    model = FakeModel(NAME, "", smollm2_path)
+
+    async def main() -> None:
+        residents = Residents(Settings(context_length=512, num_parallel=1))
+        start = time.monotonic()
+        residents.start()
+        assert time.monotonic() - start < 0.5, "the daemon does not wait for torch"
+        preloaded = await residents._spawner.ready()
+        assert preloaded.num_threads == 1, "an import started a thread: forks are not safe"
+        tokens, pid, times = await generate(residents, model, ids, 4)
+        assert tokens == expected
+        log.warning("imports %.2f s; model there after %.2f s, first token after %.2f s", preloaded.seconds, *times)
+        async with residents.use(model, {}) as loaded:
+            stats = await loaded.engine.stats()
+            assert stats.integrity == "ok" and stats.used_blocks == 0
+            assert (await loaded.engine.embed(ids)).num_tokens == len(ids)
+            assert loaded.engine.info.weight_bytes > 50 << 20
+            assert loaded.engine.info.kernels
+            assert (
+                abs(residents._residents[(str(smollm2_path), ())].placement.weight_bytes / loaded.engine.info.weight_bytes - 1)
+                < 0.2
+            )
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(1):
+            while residents.running():
+                await asyncio.sleep(0.01)
+        again, other_pid, _ = await generate(residents, model, ids, 4)
+        assert again == expected and other_pid != pid
+        await refusals(residents, model, tmp_path)
+        await residents.close()
+        assert not exists(other_pid)
+
+    asyncio.run(main())
+
+
+async def refusals(residents: Residents, model: FakeModel, tmp_path: Path) -> None:
+    with pytest.raises(NotSupported, match="adapters"):
+        await generate(residents, FakeModel(NAME, "", model.model_path, (tmp_path / "a.gguf",)), [1], 1)
+    with pytest.raises(BadRequest, match=r"missing tensors: .*blk\.0"):
+        await generate(residents, FakeModel(NAME, "", write_model(tmp_path / "hollow.gguf")), [1], 1)
+    async with residents.use(model, {}) as loaded:
+        with pytest.raises(EngineError, match="600 tokens"):
+            await anext(loaded.engine.generate([1] * 600, SamplingParams(max_tokens=1)))
