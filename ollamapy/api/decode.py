@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from ollamapy.env import parse_duration
 from ollamapy.errors import BadRequest
 
 MAX_DEPTH = 64
@@ -51,3 +52,18 @@ def without_nulls(document: Any) -> Any:
     if isinstance(document, list) and document and isinstance(document[0], dict | list):
         return [without_nulls(item) for item in document]
     return document
+
+
+def lifetime(keep_alive: object) -> float | None:
+    """Seconds of a `keep_alive` (a number, or a Go duration), infinity for a negative one, None where it is absent."""
+    if keep_alive is None:
+        return None
+    if isinstance(keep_alive, int | float) and not isinstance(keep_alive, bool):
+        return float("inf") if keep_alive < 0 else float(keep_alive)
+    if isinstance(keep_alive, str):
+        try:
+            return parse_duration(keep_alive)
+        except ValueError as error:
+            raise BadRequest(str(error)) from None
+    names = {bool: "bool", list: "array", dict: "object"}
+    raise BadRequest(f"Unsupported type: '{names.get(type(keep_alive), 'unknown')}'")

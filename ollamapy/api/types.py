@@ -10,30 +10,15 @@ from typing import Any
 
 import msgspec
 
+from ollamapy.api.decode import lifetime
 from ollamapy.api.messages import Message, Tool, ToolCall
-from ollamapy.env import parse_duration
 from ollamapy.errors import BadRequest
 
 MAX_TOP_LOGPROBS = 20
 THINK_LEVELS = ("high", "medium", "low", "max")
 
 
-def lifetime(keep_alive: object) -> float | None:
-    """Seconds of a `keep_alive` (a number, or a Go duration), infinity for a negative one, None where it is absent."""
-    if keep_alive is None:
-        return None
-    if isinstance(keep_alive, int | float) and not isinstance(keep_alive, bool):
-        return float("inf") if keep_alive < 0 else float(keep_alive)
-    if isinstance(keep_alive, str):
-        try:
-            return parse_duration(keep_alive)
-        except ValueError as error:
-            raise BadRequest(str(error)) from None
-    names = {bool: "bool", list: "array", dict: "object"}
-    raise BadRequest(f"Unsupported type: '{names.get(type(keep_alive), 'unknown')}'")
-
-
-class Inference(msgspec.Struct, kw_only=True):
+class Inference(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What /api/generate and /api/chat have in common. `options` is checked by `api.options`."""
 
     model: str = ""
@@ -57,7 +42,7 @@ class Inference(msgspec.Struct, kw_only=True):
         lifetime(self.keep_alive)
 
 
-class GenerateRequest(Inference, kw_only=True):
+class GenerateRequest(Inference, kw_only=True, omit_defaults=True):
     prompt: str = ""
     suffix: str = ""
     system: str = ""
@@ -67,7 +52,7 @@ class GenerateRequest(Inference, kw_only=True):
     images: list[str] = []
 
 
-class ChatRequest(Inference, kw_only=True):
+class ChatRequest(Inference, kw_only=True, omit_defaults=True):
     messages: list[Message] = []
     tools: list[Tool] = []
 
@@ -78,7 +63,7 @@ class ChatRequest(Inference, kw_only=True):
             message.content = message.content or ""
 
 
-class EmbedRequest(msgspec.Struct, kw_only=True):
+class EmbedRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     model: str = ""
     input: Any = None
     truncate: bool = True
@@ -90,7 +75,7 @@ class EmbedRequest(msgspec.Struct, kw_only=True):
         lifetime(self.keep_alive)
 
 
-class EmbeddingsRequest(msgspec.Struct, kw_only=True):
+class EmbeddingsRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     model: str = ""
     prompt: str = ""
     options: dict[str, Any] = {}
@@ -100,7 +85,7 @@ class EmbeddingsRequest(msgspec.Struct, kw_only=True):
         lifetime(self.keep_alive)
 
 
-class ModelRequest(msgspec.Struct, kw_only=True):
+class ModelRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Names a model in `model`, or in `name` as older clients do: /api/show, /api/delete, /api/pull, /api/push."""
 
     model: str = ""
@@ -115,12 +100,12 @@ class ModelRequest(msgspec.Struct, kw_only=True):
         return self.model or self.name
 
 
-class CopyRequest(msgspec.Struct, kw_only=True):
+class CopyRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     source: str = ""
     destination: str = ""
 
 
-class CreateRequest(msgspec.Struct, kw_only=True):
+class CreateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """`from` is written `base` here. `license` is a string or a list of strings; `files` maps relative paths to digests."""
 
     model: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 from starlette.requests import Request
 
 from ollamapy.api.types import Details, TensorEntry
-from ollamapy.chat.capabilities import CHAT_TEMPLATE, capabilities
+from ollamapy.chat.capabilities import CHAT_TEMPLATE, capabilities, parse_go, prefers_jinja
 from ollamapy.chat.format import ChatFormat, SpecialTokens, choose
 from ollamapy.env import Settings
-from ollamapy.errors import BadRequest, NotFound, NotSupported
+from ollamapy.errors import BadRequest, NotFound, NotSupported, TemplateError
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.lifecycle.residents import Residents
@@ -112,12 +113,23 @@ def details(config: ConfigBlob, manifest: Manifest | None = None) -> Details:
     )
 
 
+def shown_template(model: LocalModel, metadata: Mapping[str, Any], go_template: bool | None) -> str:
+    """The template that serves the model's chats: its Go TEMPLATE, or the Jinja of its GGUF."""
+    jinja = str(metadata.get(CHAT_TEMPLATE) or "")
+    if model.template is None:
+        return jinja
+    try:
+        return jinja if prefers_jinja(parse_go(model.template), jinja, go_template) else model.template
+    except TemplateError:
+        return model.template
+
+
 def read_model_info(path: Path, *, verbose: bool) -> tuple[dict[str, Any], list[TensorEntry]]:
-    """Metadata and tensors of a GGUF as `show` has them; shapes are in the file's order."""
+    """Metadata and tensors of a GGUF as `show` has them, its chat template included; shapes are in the file's order."""
     with GGUFFile.open(path) as file:
         info: dict[str, Any] = {}
         for name in sorted(file.metadata):
-            if name in ("general.name", CHAT_TEMPLATE):
+            if name == "general.name":
                 continue
             length = file.metadata.array_length(name)
             long = length is not None and length > _SHORT_ARRAY and not verbose

@@ -9,7 +9,8 @@ from array import array
 from typing import Any
 
 from ollamapy.api import options as option_table
-from ollamapy.api.types import EmbedRequest, EmbedResponse, lifetime
+from ollamapy.api.decode import lifetime
+from ollamapy.api.types import EmbedRequest, EmbedResponse
 from ollamapy.errors import BadRequest, EngineError, NotFound, NotSupported
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.server.catalog import Services

@@ -24,11 +24,12 @@ from ollamapy.api.types import (
     RunningResponse,
     ShowResponse,
 )
+from ollamapy.chat.capabilities import CHAT_TEMPLATE
 from ollamapy.errors import BadRequest, ClientGone, EngineError, NotFound
 from ollamapy.lifecycle.resident import Running
 from ollamapy.names import ModelName
 from ollamapy.server.body import chunks, declared_length, read
-from ollamapy.server.catalog import details, parse_name, read_model_info, require_name, services
+from ollamapy.server.catalog import details, parse_name, read_model_info, require_name, services, shown_template
 from ollamapy.server.stream import JSON, NDJSON, collected, streamed
 from ollamapy.store.digest import Digest
 from ollamapy.store.library import LocalModel, ModelSummary
@@ -60,6 +61,8 @@ async def show(request: Request) -> Response:
     shown = _shown(model, asked)
     if model.model_path is not None and model.model_path.is_file():
         info, tensors = await asyncio.to_thread(read_model_info, model.model_path, verbose=asked.verbose)
+        shown.template = shown_template(model, info, services(request).settings.go_template)
+        info.pop(CHAT_TEMPLATE, None)
         shown.model_info, shown.tensors = info, tensors
     if model.projector_paths:
         shown.projector_info, _ = await asyncio.to_thread(read_model_info, model.projector_paths[0], verbose=asked.verbose)

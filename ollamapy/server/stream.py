@@ -33,6 +33,15 @@ class JSON(Response):
         super().__init__(_encode(content), status, headers)
 
 
+def json_line(value: Any) -> bytes:
+    """JSON that no line reader breaks: Python's `splitlines`, which many clients use, ends lines at these characters too."""
+    line = _encode(value)
+    if b"\xe2\x80" in line or b"\xc2\x85" in line:
+        for character in ("\x85", "\u2028", "\u2029"):
+            line = line.replace(character.encode(), b"\\u%04x" % ord(character))
+    return line
+
+
 class Wire(Generic[T]):
     """How the events of an answer are written: each one, a failure in between, and the end."""
 
@@ -50,7 +59,7 @@ class NDJSON(Wire[Any]):
     media_type = "application/x-ndjson"
 
     def line(self, event: Any) -> bytes:
-        return _encode(event) + b"\n"
+        return json_line(event) + b"\n"
 
     def failure(self, error: OllamapyError) -> bytes:
         return _encode({"error": str(error)}) + b"\n"
@@ -66,7 +75,7 @@ class SSE(Wire[T]):
         self._chunks = chunks
 
     def line(self, event: T) -> bytes:
-        return b"".join(b"data: %s\n\n" % _encode(chunk) for chunk in self._chunks(event))
+        return b"".join(b"data: %s\n\n" % json_line(chunk) for chunk in self._chunks(event))
 
     def failure(self, error: OllamapyError) -> bytes:
         return b"data: %s\n\n" % _encode(openai.error(error))

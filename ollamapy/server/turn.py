@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from ollamapy.api import options as option_table
+from ollamapy.api.decode import lifetime
 from ollamapy.api.options import Options
-from ollamapy.api.types import DebugInfo, Inference, lifetime
+from ollamapy.api.types import DebugInfo, Inference
 from ollamapy.chat.format import ChatFormat, Parser, Think
 from ollamapy.chat.interface import PlainParser
 from ollamapy.errors import BadRequest, NotSupported
