@@ -1,19 +1,24 @@
-"""The client of a running server: asynchronous over httpx, and a thin synchronous form of it for the command line.
+"""A client of Ollama's API over httpx, as the command line uses it. Knows nothing of terminals.
 
-Every failure is an OllamapyError: the server's own text under the class that its status stands for, or `Unreachable`.
+Synchronous: an event loop would add 50 ms of process time to each command, a third of it.
+
+Every method raises an OllamapyError: that of the answer's status, with the server's text, or Unreachable. A stream that is
+closed before its end closes its connection, and with that the server stops working on it.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+import os
+import platform
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+import httpx
 import msgspec
 
+from ollamapy import __version__, errors
 from ollamapy.api.address import Address
 from ollamapy.api.types import (
     ChatRequest,
@@ -24,212 +29,176 @@ from ollamapy.api.types import (
     EmbedResponse,
     GenerateRequest,
     GenerateResponse,
-    ListedModel,
     ListResponse,
     ModelRequest,
     Progress,
-    RunningModel,
     RunningResponse,
     ShowResponse,
 )
-from ollamapy.errors import (
-    BadRequest,
-    ClientGone,
-    Forbidden,
-    NotFound,
-    NotSupported,
-    OllamapyError,
-    ServerBusy,
-    TooLarge,
-)
 
-if TYPE_CHECKING:
-    import httpx
-
-_CHUNK = 1 << 20
+_T = TypeVar("_T")
 _CONNECT_SECONDS = 10.0
-_CLASSES = {kind.status: kind for kind in (BadRequest, Forbidden, NotFound, TooLarge, ClientGone, NotSupported, ServerBusy)}
-T = TypeVar("T")
+_CHUNK = 1 << 20
+_AGENT = f"ollamapy/{__version__} ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
+_BY_STATUS: dict[int, type[errors.OllamapyError]] = {
+    400: errors.BadRequest,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    413: errors.TooLarge,
+    501: errors.NotSupported,
+}
 
 
-class Unreachable(OllamapyError):
-    """No server answers at the address."""
+class _Failure(msgspec.Struct):
+    error: Any = None
 
 
-class Client(AbstractAsyncContextManager["Client"]):
-    """Belongs to one event loop. Without a time limit: a model may take long to load and to answer."""
+class _Version(msgspec.Struct):
+    version: str
+
+
+class Client:
+    """Use as a context manager, or `close` it. There is no limit on how long an answer takes: a model may be loading."""
 
     def __init__(self, address: Address) -> None:
-        import httpx  # 80 ms, which `--help` need not pay
-
         self.address = address
-        timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-        self._http = httpx.AsyncClient(base_url=address.url, timeout=timeout, trust_env=False)
-        self._failure = httpx.HTTPError
+        local = Address.parse(address.url).is_loopback
+        self._http = httpx.Client(
+            base_url=address.url,
+            timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
+            trust_env=not local,  # a proxy cannot reach this machine's loopback
+            verify=address.scheme == "https",  # loading the certificates takes 20 ms
+            headers={"User-Agent": _AGENT, "Content-Type": "application/json"},
+        )
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._http.aclose()
+    def __enter__(self) -> Client:
+        return self
 
-    async def version(self) -> str:
-        answer = await self._ask("GET", "/api/version", dict[str, str])
-        return answer["version"]
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    async def tags(self) -> list[ListedModel]:
-        return (await self._ask("GET", "/api/tags", ListResponse)).models
+    def close(self) -> None:
+        self._http.close()
 
-    async def ps(self, *, verbose: bool = False) -> list[RunningModel]:
-        """`verbose`: with what each engine is and does."""
-        return (await self._ask("GET", f"/api/ps?verbose={int(verbose)}", RunningResponse)).models
+    def version(self) -> str:
+        return self._ask("GET", "/api/version", _Version).version
 
-    async def show(self, model: str, *, verbose: bool = False) -> ShowResponse:
-        return await self._ask("POST", "/api/show", ShowResponse, ModelRequest(model=model, verbose=verbose))
+    def tags(self) -> ListResponse:
+        return self._ask("GET", "/api/tags", ListResponse)
 
-    async def copy(self, source: str, destination: str) -> None:
-        await self._send("POST", "/api/copy", CopyRequest(source=source, destination=destination))
+    def ps(self, *, verbose: bool = False) -> RunningResponse:
+        """`verbose` asks for the engines' figures, too; servers that know none leave them out."""
+        return self._ask("GET", "/api/ps?verbose=true" if verbose else "/api/ps", RunningResponse)
 
-    async def delete(self, model: str) -> None:
-        await self._send("DELETE", "/api/delete", ModelRequest(model=model))
+    def show(self, request: ModelRequest) -> ShowResponse:
+        return self._ask("POST", "/api/show", ShowResponse, request)
 
-    async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        return await self._ask("POST", "/api/embed", EmbedResponse, request)
+    def load(self, model: str, keep_alive: str | int | None = None) -> GenerateResponse:
+        """Loads a model, or with `keep_alive=0` unloads it."""
+        return self._ask(
+            "POST", "/api/generate", GenerateResponse, GenerateRequest(model=model, keep_alive=keep_alive, stream=False)
+        )
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[GenerateResponse]:
-        """Lines as they come; a request with `stream` false gives one."""
-        return self._lines("/api/generate", request, GenerateResponse)
+    def generate(self, request: GenerateRequest) -> Generator[GenerateResponse]:
+        return self._stream("/api/generate", request, GenerateResponse)
 
-    def chat(self, request: ChatRequest) -> AsyncIterator[ChatResponse]:
-        """As `generate`."""
-        return self._lines("/api/chat", request, ChatResponse)
+    def chat(self, request: ChatRequest) -> Generator[ChatResponse]:
+        return self._stream("/api/chat", request, ChatResponse)
 
-    def create(self, request: CreateRequest) -> AsyncIterator[Progress]:
-        """Files must have been uploaded before."""
-        return self._lines("/api/create", request, Progress)
+    def embed(self, request: EmbedRequest) -> EmbedResponse:
+        return self._ask("POST", "/api/embed", EmbedResponse, request)
 
-    async def load(self, model: str, keep_alive: float | str | None = None) -> None:
-        """Loads a model; with `keep_alive` 0 unloads it."""
-        async for _ in self.generate(GenerateRequest(model=model, keep_alive=keep_alive, stream=False)):
-            pass
+    def create(self, request: CreateRequest) -> Generator[Progress]:
+        return self._stream("/api/create", request, Progress)
 
-    async def has_blob(self, digest: str) -> bool:
-        """`digest` is sha256:<hex>."""
+    def copy(self, source: str, destination: str) -> None:
+        self._send("POST", "/api/copy", CopyRequest(source=source, destination=destination))
+
+    def delete(self, model: str) -> None:
+        self._send("DELETE", "/api/delete", ModelRequest(model=model))
+
+    def has_blob(self, digest: str) -> bool:
         try:
-            await self._send("HEAD", f"/api/blobs/{digest}")
-        except NotFound:
+            self._send("HEAD", f"/api/blobs/{digest}")
+        except errors.NotFound:
             return False
         return True
 
-    async def upload(self, digest: str, path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Sends a file unless the server has it. `progress` gets the bytes sent and all there are."""
-        if await self.has_blob(digest):
-            return
-        total = path.stat().st_size
+    def upload_blob(self, digest: str, path: Path, progress: Callable[[int, int], None]) -> None:
+        """Sends the file; `progress` gets bytes sent and in all. BadRequest if its content has another digest."""
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+            with _translated(self.address):
+                response = self._http.post(f"/api/blobs/{digest}", content=_read(file, size, progress), headers=headers)
+        _check(response)
 
-        async def content() -> AsyncIterator[bytes]:
-            sent = 0
-            with path.open("rb") as file:
-                while chunk := await asyncio.to_thread(file.read, _CHUNK):
-                    yield chunk
-                    sent += len(chunk)
-                    progress(sent, total)
+    def _ask(self, method: str, path: str, type: type[_T], request: msgspec.Struct | None = None) -> _T:
+        return _decode(self._send(method, path, request).content, type)
 
-        await self._send("POST", f"/api/blobs/{digest}", content=content(), headers={"Content-Length": str(total)})
-
-    # --- requests ---
-
-    async def _ask(self, method: str, path: str, type: type[T], body: Any = None) -> T:
-        response = await self._send(method, path, body)
-        return msgspec.json.decode(response.content, type=type)
-
-    async def _send(self, method: str, path: str, body: Any = None, **more: Any) -> httpx.Response:
-        if body is not None:
-            more = {"content": msgspec.json.encode(body), "headers": {"Content-Type": "application/json"}}
-        try:
-            response = await self._http.request(method, path, **more)
-        except self._failure as error:
-            raise self._unreachable(error) from error
-        _check(response.status_code, response.content)
+    def _send(self, method: str, path: str, request: msgspec.Struct | None = None) -> httpx.Response:
+        with _translated(self.address):
+            response = self._http.request(method, path, content=None if request is None else msgspec.json.encode(request))
+        _check(response)
         return response
 
-    async def _lines(self, path: str, body: Any, type: type[T]) -> AsyncIterator[T]:
-        decoder = msgspec.json.Decoder(type)
-        headers = {"Content-Type": "application/json"}
-        try:
-            async with self._http.stream("POST", path, content=msgspec.json.encode(body), headers=headers) as response:
-                if response.status_code >= 400:
-                    _check(response.status_code, await response.aread())
-                pending = b""
-                async for chunk in response.aiter_bytes():
-                    *lines, pending = (pending + chunk).split(b"\n")
-                    for line in lines:
-                        yield _line(line, decoder)
-                if pending:
-                    yield _line(pending, decoder)
-        except self._failure as error:
-            raise self._unreachable(error) from error
-
-    def _unreachable(self, error: Exception) -> Unreachable:
-        reason = str(error) or type(error).__name__
-        return Unreachable(f"could not connect to a running server at {self.address.url}: {reason}")
+    def _stream(self, path: str, request: msgspec.Struct, type: type[_T]) -> Generator[_T]:
+        with _translated(self.address), self._http.stream("POST", path, content=msgspec.json.encode(request)) as response:
+            if response.is_error:
+                response.read()
+            _check(response)
+            for line in _lines(response.iter_bytes()):
+                yield _decode(line, type)
 
 
-class SyncClient:
-    """`Client` for programs without an event loop: `call` runs one of its coroutines, `each` iterates over an answer."""
-
-    def __init__(self, address: Address) -> None:
-        self._runner = asyncio.Runner()
-        self.client = self._runner.run(_made(address))
-
-    def __enter__(self) -> SyncClient:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._runner.run(self.client.__aexit__(None, None, None))
-        self._runner.close()
-
-    def call(self, work: Awaitable[T]) -> T:
-        """Ctrl+C cancels the work and raises KeyboardInterrupt."""
-        return self._runner.run(_awaited(work))
-
-    def each(self, lines: AsyncIterator[T]) -> Iterator[T]:
-        """Leaving the loop early closes the answer's connection, which ends the generation."""
-        try:
-            while True:
-                try:
-                    yield self.call(anext(lines))
-                except StopAsyncIteration:
-                    return
-        finally:
-            close = getattr(lines, "aclose", None)
-            if close is not None:
-                self.call(close())
+def _read(file: BinaryIO, size: int, progress: Callable[[int, int], None]) -> Iterator[bytes]:
+    sent = 0
+    while chunk := file.read(_CHUNK):
+        yield chunk
+        sent += len(chunk)
+        progress(sent, size)
 
 
-async def _made(address: Address) -> Client:
-    return Client(address)
-
-
-async def _awaited(work: Awaitable[T]) -> T:
-    return await work
-
-
-def _line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """An object of an answer. Raises the error that a last line reports."""
-    if line.startswith(b'{"error"'):
-        raise OllamapyError(_error_text(line))
-    return decoder.decode(line)
-
-
-def _check(status: int, content: bytes) -> None:
-    if status < 400:
-        return
-    kind = _CLASSES.get(status)
-    raise (kind or OllamapyError)(_error_text(content) or f"the server answered with status {status}")
-
-
-def _error_text(content: bytes) -> str:
+def _decode(body: bytes, type: type[_T]) -> _T:
     try:
-        return str(msgspec.json.decode(content, type=dict[str, Any])["error"])
-    except (msgspec.DecodeError, KeyError):
-        return content.decode(errors="replace").strip()
+        failure = msgspec.json.decode(body, type=_Failure).error
+        if failure is None:
+            return msgspec.json.decode(body, type=type)
+    except msgspec.DecodeError as error:
+        raise errors.OllamapyError(f"the server's answer cannot be read: {error}") from error
+    raise errors.OllamapyError(str(failure))
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines of NDJSON. httpx's own iterator also splits at U+2028 and its kin, which may stand in a JSON string."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from filter(bytes.strip, whole)
+    if rest.strip():
+        yield rest
+
+
+def _check(response: httpx.Response) -> None:
+    if not response.is_error:
+        return
+    try:
+        text = str(msgspec.json.decode(response.content, type=_Failure).error or "")
+    except msgspec.DecodeError:
+        text = response.text.strip()
+    text = text or f"{response.status_code} {response.reason_phrase}"
+    if response.status_code == errors.ServerBusy.status:
+        wait = response.headers.get("Retry-After", "")
+        raise errors.ServerBusy(text, int(wait) if wait.isdecimal() else 1)
+    raise _BY_STATUS.get(response.status_code, errors.OllamapyError)(text)
+
+
+@contextmanager
+def _translated(address: Address) -> Iterator[None]:
+    """httpx's errors as ours."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise errors.Unreachable("could not connect to ollamapy server, run 'ollamapy serve' to start it") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise errors.Unreachable(f"the connection to {address.url} failed: {error or type(error).__name__}") from error
