@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.lifecycle.placement import weight_bytes
 from ollamapy.models.config import ModelConfig
@@ -25,7 +26,8 @@ Key = tuple[str, int, int]  # path, mtime in ns, size
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """`weight_bytes` is what the weights are expected to take once loaded. `tokenizer` may still be being built."""
+    """`metadata` is in llama.cpp's spelling, without vocabulary; `weight_bytes` is what the weights are expected to take
+    once loaded; `tokenizer` may still be being built."""
 
     config: ModelConfig
     metadata: Mapping[str, Any]
@@ -53,27 +55,28 @@ class ModelFiles:
 
     async def _read(self, key: Key, path: Path) -> ModelFile:
         opened = await asyncio.to_thread(GGUFFile.open, path)
+        metadata, tensors = normalise(opened.metadata, opened.tensors)
         try:
-            config = ModelConfig.from_gguf(opened.metadata)
+            config = ModelConfig.from_gguf(metadata)
         except BaseException:
             opened.close()
             raise
-        lengths = {name: opened.metadata.array_length(name) or 0 for name in opened.metadata}
-        metadata = {name: opened.metadata[name] for name, length in lengths.items() if length <= MAX_ARRAY}
-        tokenizer = asyncio.ensure_future(asyncio.to_thread(_build_tokenizer, opened))
+        short = [name for name in metadata if (opened.metadata.array_length(name) or 0) <= MAX_ARRAY]
+        kept = {name: metadata[name] for name in short}
+        tokenizer = asyncio.ensure_future(asyncio.to_thread(_build_tokenizer, opened, metadata))
 
         def forget_a_failure(done: asyncio.Future[Tokenizer]) -> None:
             if done.cancelled() or done.exception() is not None:
                 self._files.pop(key, None)
 
         tokenizer.add_done_callback(forget_a_failure)
-        return ModelFile(config, metadata, weight_bytes(opened.tensors.values()), tokenizer)
+        return ModelFile(config, kept, weight_bytes(tensors), tokenizer)
 
 
-def _build_tokenizer(file: GGUFFile) -> Tokenizer:
+def _build_tokenizer(file: GGUFFile, metadata: Mapping[str, Any]) -> Tokenizer:
     start = time.monotonic()
     embedding = file.tensors.get("token_embd.weight")
     with file:
-        tokenizer = Tokenizer.from_gguf(file.metadata, embedding_rows=embedding.shape[0] if embedding else None)
+        tokenizer = Tokenizer.from_gguf(metadata, embedding_rows=embedding.shape[0] if embedding else None)
     log.debug("%s: tokenizer built in %.2f s", file.path, time.monotonic() - start)
     return tokenizer

@@ -5,8 +5,9 @@ The rules are Ollama's where it has some; the figures at the top are ours.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -161,18 +162,13 @@ def wants_cpu(devices: Devices, settings: Settings, options: RunnerOptions) -> b
     return options.num_gpu == 0 or settings.device == "cpu" or (not devices.gpus and not _must_be_gpu(settings))
 
 
-def weight_bytes(tensors: Iterable[TensorInfo]) -> int:
+def weight_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes that the weights take once loaded by the reference kernels: matrices as float32, the embedding as in the file."""
-    tensors = list(tensors)
-    tied = not any(tensor.name == "output.weight" for tensor in tensors)
-    total = 0
-    for tensor in tensors:
-        elements = 1
-        for size in tensor.shape:
-            elements *= size
-        embedding = tensor.name == "token_embd.weight"
-        total += tensor.nbytes if embedding else 4 * elements
-        total += 4 * elements if embedding and tied else 0
+    total = sum(4 * math.prod(tensor.shape) for name, tensor in tensors.items() if name != "token_embd.weight")
+    embedding = tensors.get("token_embd.weight")
+    if embedding is not None:
+        tied = "output.weight" not in tensors  # it is a matrix too
+        total += embedding.nbytes + (4 * math.prod(embedding.shape) if tied else 0)
     return total
 
 

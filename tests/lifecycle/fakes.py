@@ -30,18 +30,24 @@ def write_faults(path: Path, **faults: Any) -> Path:
     return path
 
 
+def llama_keys() -> dict[str, float]:
+    return {
+        "context_length": 8192,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 128,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+    }
+
+
 def write_model(path: Path, **faults: Any) -> Path:
     """A GGUF file with a header that the daemon believes and no weights; the fake engine reads its faults from it."""
     metadata = {
         "general.architecture": "llama",
         "general.description": msgspec.json.encode(Faults(**faults)).decode(),
-        "llama.context_length": 8192,
-        "llama.embedding_length": 64,
-        "llama.block_count": 2,
-        "llama.feed_forward_length": 128,
-        "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 2,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        **{f"llama.{key}": value for key, value in llama_keys().items()},
         **spm_metadata({"▁a": -1.0, "b": -2.0}),
     }
     write_gguf(path, metadata, [("token_embd.weight", GGMLType.F32, (261, 64), bytes(4 * 261 * 64))])

@@ -171,8 +171,10 @@ def test_weight_bytes() -> None:
 
     embedding, output = info("token_embd.weight", (100, 64), 3600), info("output.weight", (100, 64), 3600)
     linear = info("blk.0.attn_q.weight", (64, 64), 2304)
-    assert weight_bytes([embedding, output, linear]) == 3600 + 4 * 6400 + 4 * 4096
-    assert weight_bytes([embedding, linear]) == 3600 + 4 * 6400 + 4 * 4096, "a tied embedding is a matrix too"
+    untied = {each.name: each for each in (embedding, output, linear)}
+    assert weight_bytes(untied) == 3600 + 4 * 6400 + 4 * 4096
+    tied = {each.name: each for each in (embedding, linear)}
+    assert weight_bytes(tied) == 3600 + 4 * 6400 + 4 * 4096, "a tied embedding is a matrix too"
 
 
 def test_devices_of_this_machine() -> None:

@@ -17,11 +17,14 @@ import pytest
 from ollamapy.api import options as api_options
 from ollamapy.env import FOREVER, Settings
 from ollamapy.errors import EngineError, NotFound, OllamapyError, ServerBusy, TokenizerError, UnsupportedModel
+from ollamapy.gguf.types import GGMLType
+from ollamapy.gguf.writer import write_gguf
 from ollamapy.lifecycle import residents as residents_module
 from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.lifecycle.spawner import Spawner
-from tests.lifecycle.fakes import COMMAND, FakeModel, collect, exists, fake_model, open_fds, write_model
+from tests.lifecycle.fakes import COMMAND, FakeModel, collect, exists, fake_model, llama_keys, open_fds, write_model
+from tests.tokenizer.builders import bpe_metadata
 
 GIB = 1 << 30
 MACHINE = Devices(cpu_cores=2, total_memory=8 * GIB, free_memory=8 * GIB)
@@ -571,6 +574,24 @@ def test_a_reload_does_not_build_the_tokenizer_again_but_a_changed_file_does(tmp
         for i in range(5):
             await hold(residents, fake_model(tmp_path, f"other{i}"), keep_alive=0)
         assert len(residents._files._files) == 4
+
+    run(check)
+
+
+def test_metadata_and_tokenizer_are_in_one_spelling(tmp_path: Path) -> None:
+    """A mistral3 file as Ollama writes it: its tokenizer's `pre` is understood, its keys are llama.cpp's."""
+    model = fake_model(tmp_path, "one")
+    keys = {f"mistral3.{key}": value for key, value in llama_keys().items()}
+    vocabulary = bpe_metadata(["a b"], pre="default")
+    metadata = {"general.architecture": "mistral3", **keys, "mistral3.rope.scaling.beta_fast": 4.0, **vocabulary}
+    assert model.model_path is not None
+    write_gguf(model.model_path, metadata, [("token_embd.weight", GGMLType.F32, (257, 64), bytes(4 * 257 * 64))])
+
+    async def check(residents: Residents) -> None:
+        async with residents.use(model, {}) as loaded:
+            assert loaded.metadata["mistral3.rope.scaling.yarn_beta_fast"] == 4.0
+            assert loaded.metadata["tokenizer.ggml.pre"] == "tekken"
+            assert loaded.tokenizer.encode("ab") == [256]
 
     run(check)
 
