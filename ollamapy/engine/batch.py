@@ -1,4 +1,4 @@
-"""Batch: what one forward pass is told about its tokens. Built from sequences by `engine.scheduler`, read by models and ops."""
+"""Batch: what one forward pass is told about its tokens. Made by `engine.build`, read by models and ops."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = -1  # < 0: a random one is drawn when the request is made
-    max_tokens: int = -1  # generated tokens; < 0: until the context is full or a stop id
+    max_tokens: int = -1  # generated tokens, a stop id included; < 0: ten context lengths
     stop_ids: tuple[int, ...] = ()  # end of generation; the id itself is not reported
     suppress_ids: tuple[int, ...] = ()  # never sampled (padding and unused ids)
     context_length: int = 0  # this request's num_ctx; 0: the engine's
@@ -123,7 +123,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finish(msgspec.Struct, frozen=True):
-    """Why a request ended and what it cost. `prompt_tokens` counts cached ones too."""
+    """Why a request ended and what it cost. `prompt_tokens` counts cached ones too, `completion_tokens` the stop id."""
 
     reason: FinishReason
     prompt_tokens: int = 0

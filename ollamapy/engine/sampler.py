@@ -55,7 +55,9 @@ class Sampler:
         if raw is not None:
             found = logprobs(raw, [tokens[row] for row in asked], [sequences[row].params.logprobs for row in asked])
             for row, logprob in zip(asked, found, strict=True):
-                results[row] = results[row]._replace(logprob=logprob)
+                if tokens[row] >= 0:
+                    finite = math.isfinite(logprob.logprob)
+                    results[row] = Result(tokens[row], logprob) if finite else Result(error=NOT_FINITE)
         return results
 
     def _suppress(self, logits: Tensor, sequences: ListLike[Sequence]) -> None:
@@ -147,8 +149,12 @@ def _whole(logits: Tensor, seq: Sequence) -> int:
 
 
 def logprobs(raw: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:
-    """Natural log-probabilities under softmax of raw logits (n, V): of each row's token, and its `counts` likeliest."""
+    """Natural log-probabilities under softmax of raw logits (n, V): of each row's token, and its `counts` likeliest.
+
+    NaN for a row that is not finite.
+    """
     totals = log_totals(raw)
+    totals = np.where(np.isfinite(totals), totals, np.nan)
     index = torch.tensor(tokens, device=raw.device).clamp_(min=0).unsqueeze(1)
     chosen = raw.gather(1, index).double().cpu().numpy()[:, 0] - totals
     most = max(counts)

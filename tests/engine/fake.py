@@ -31,7 +31,7 @@ class FakeConfig:
 
 @dataclass
 class FakeModel:
-    """Hidden state of position p: 64 bits of hash of tokens 0..p as four exact floats. Two layers, the second checks the first."""
+    """Hidden state of position p: a hash of tokens 0..p, 64 bits as four exact floats. The second layer checks the first."""
 
     config: FakeConfig = field(default_factory=FakeConfig)
     weight_bytes: int = 1000

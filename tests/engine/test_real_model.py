@@ -1,0 +1,155 @@
+"""The engine on SmolLM2: many requests at once, each with exactly the tokens that it gives alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ollamapy.engine.engine import Engine
+from ollamapy.engine.protocol import Embedding, Finish, Output, Plan, SamplingParams, Step, TokenLogprob
+from ollamapy.gguf.reader import GGUFFile
+from ollamapy.models.load import load_model
+from ollamapy.tokenizer import Tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "data" / "smollm2-135m.json").read_text())
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a village by the sea, there lived",
+    "1, 1, 2, 3, 5, 8,",
+    "Water boils at",
+    "A recipe for bread: take flour, water, salt and yeast. First,",
+    "x",
+    "The quick brown fox " * 12,
+]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2_path: Path) -> torch.nn.Module:
+    torch.set_num_threads(1)  # beside other processes on few cores, threads that wait for each other cost more than they give
+    with GGUFFile.open(smollm2_path) as file:
+        return load_model(file, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_path: Path) -> list[list[int]]:
+    with GGUFFile.open(smollm2_path) as file:
+        tokenizer = Tokenizer.from_gguf(file.metadata)
+    return [tokenizer.encode(text) for text in PROMPTS]
+
+
+def make_engine(model: torch.nn.Module, **plan: object) -> Engine:
+    settings: dict[str, object] = {"num_blocks": 200, "block_size": 16, "context_length": 512, **plan}
+    return Engine(model, Plan("smollm2", **settings))  # type: ignore[arg-type]
+
+
+def run(engine: Engine, requests: dict[int, tuple[list[int], SamplingParams]]) -> dict[int, list[Output]]:
+    outputs: dict[int, list[Output]] = {i: [] for i in requests}
+    for i, (token_ids, params) in requests.items():
+        engine.add(i, token_ids, params)
+        if i % 3 == 0:
+            take(engine, outputs)
+    while engine.has_work:
+        take(engine, outputs)
+    assert engine.check_integrity() == "ok" and engine.stats().used_blocks == 0
+    return outputs
+
+
+def take(engine: Engine, outputs: dict[int, list[Output]]) -> None:
+    for event in engine.step():
+        assert isinstance(event, Step)
+        for output in event.outputs:
+            outputs[output.request_id].append(output)
+
+
+def tokens_of(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def finish_of(outputs: list[Output]) -> Finish:
+    assert outputs[-1].finish is not None
+    return outputs[-1].finish
+
+
+def params_of(i: int, max_tokens: int) -> SamplingParams:
+    if i % 2:
+        return SamplingParams(seed=i, temperature=1.0, top_k=[40, 0][i // 2 % 2], max_tokens=max_tokens, logprobs=1)
+    return SamplingParams(temperature=0.0, repeat_penalty=[1.0, 1.1][i // 2 % 2], max_tokens=max_tokens)
+
+
+def check_together(model: torch.nn.Module, prompts: list[list[int]], max_tokens: int, compared: range) -> None:
+    """32 requests with enough blocks, and with so few that sequences are preempted; those `compared` are run alone too."""
+    requests = {i: (prompts[i % 8], params_of(i, max_tokens)) for i in range(32)}
+    roomy = make_engine(model)
+    tight = make_engine(model, block_size=2, num_blocks=70, max_num_seqs=16, max_batch_tokens=96)
+    found, pressed = run(roomy, requests), run(tight, requests)
+    assert tight.stats().num_preemptions > 0 == roomy.stats().num_preemptions
+    for i in requests:
+        assert tokens_of(found[i]) == tokens_of(pressed[i]) and len(tokens_of(found[i])) == max_tokens, f"request {i}"
+    solo = make_engine(model, max_num_seqs=1, prefix_cache=False)
+    for i in compared:
+        expected = run(solo, {i: requests[i]})[i]
+        assert tokens_of(found[i]) == tokens_of(expected), f"request {i}"
+        assert finish_of(found[i]).reason == finish_of(expected).reason == "length"
+        assert [o.logprobs for o in found[i]] == [o.logprobs for o in expected]
+
+
+def test_32_together_are_32_alone(model: torch.nn.Module, prompts: list[list[int]]) -> None:
+    check_together(model, prompts, max_tokens=5, compared=range(0, 32, 3))
+
+
+@pytest.mark.slow
+def test_32_together_are_32_alone_at_length(model: torch.nn.Module, prompts: list[list[int]]) -> None:
+    check_together(model, prompts, max_tokens=40, compared=range(32))
+
+
+def test_golden_greedy_continuations(model: torch.nn.Module) -> None:
+    """Equal to exact float32 results up to the first step where the two best tokens are closer than 0.01."""
+    cases = GOLDEN["greedy"]
+    requests = {i: (case["prompt_ids"], SamplingParams(temperature=0.0, max_tokens=16)) for i, case in enumerate(cases)}
+    found = run(make_engine(model, kv_dtype="f32"), requests)
+    for i, case in enumerate(cases):
+        sure = next((n for n, margin in enumerate(case["margins"]) if margin < 0.01), 16)
+        assert tokens_of(found[i])[:sure] == case["ids"][:16][:sure] and sure > 4
+
+
+def test_logprobs(model: torch.nn.Module, prompts: list[list[int]]) -> None:
+    found = run(make_engine(model), {0: (prompts[0], SamplingParams(temperature=0.0, max_tokens=4, logprobs=5))})[0]
+    logprobs: list[TokenLogprob] = [each for output in found for each in output.logprobs]
+    assert len(logprobs) == 4
+    for each, token in zip(logprobs, tokens_of(found), strict=True):
+        values = [value for _, value in each.top]
+        assert len(each.top) == 5 and values == sorted(values, reverse=True)
+        assert each.top[0] == (token, pytest.approx(each.logprob)) and each.token_id == token
+        assert each.logprob <= 0.0 and sum(math.exp(value) for value in values) <= 1.0 + 1e-6
+
+
+def test_prefix_reuse_and_shift(model: torch.nn.Module, prompts: list[list[int]]) -> None:
+    engine = make_engine(model, context_length=64)
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    first = run(engine, {0: (prompts[7], params)})[0]
+    again = run(engine, {1: (prompts[7], params)})[1]
+    assert finish_of(first).num_shifts == finish_of(again).num_shifts > 0
+    assert finish_of(again).cached_tokens >= 16 > finish_of(first).cached_tokens == 0
+    assert tokens_of(first) == tokens_of(again) and len(tokens_of(first)) == 20
+
+
+def test_embeddings_beside_chats(model: torch.nn.Module, prompts: list[list[int]]) -> None:
+    vectors: dict[int, bytes] = {}
+    for budget in (512, 40):
+        engine = make_engine(model, max_batch_tokens=budget, max_num_seqs=8)
+        engine.add(100, prompts[2], SamplingParams(temperature=0.0, max_tokens=5))
+        for i, prompt in enumerate(prompts):
+            engine.embed(i, prompt)
+        while engine.has_work:
+            for event in engine.step():
+                if isinstance(event, Embedding):
+                    assert (
+                        not event.error and len(event.vector) == 576 * 4 and event.num_tokens == len(prompts[event.request_id])
+                    )
+                    assert vectors.setdefault(event.request_id, event.vector) == event.vector, "the same by chunks"
+    assert len(set(vectors.values())) == len(prompts)
