@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from ollamapy.api import options as api_options
+from ollamapy.engine.protocol import SamplingParams
 from ollamapy.env import FOREVER, Settings
 from ollamapy.errors import EngineError, NotFound, OllamapyError, ServerBusy, TokenizerError, UnsupportedModel
 from ollamapy.gguf.types import GGMLType
 from ollamapy.gguf.writer import write_gguf
+from ollamapy.lifecycle import process
 from ollamapy.lifecycle import residents as residents_module
 from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.residents import Residents
@@ -456,6 +458,39 @@ def test_a_new_request_right_after_a_load_was_given_up(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         assert await hold(residents, model)
         assert len(residents.running()) == 1
+
+    run(check)
+
+
+def test_leaving_at_the_very_moment_the_load_is_done(tmp_path: Path) -> None:
+    model = fake_model(tmp_path, "one", load_seconds=0.1)
+
+    async def check(residents: Residents) -> None:
+        leaving = asyncio.create_task(hold(residents, model))
+        await asyncio.sleep(0.05)
+        (load,) = residents._loads.values()
+        load.task.add_done_callback(lambda _: leaving.cancel())
+        await asyncio.wait([leaving])
+        assert leaving.cancelled()
+        (row,) = residents.running()
+        assert row.num_requests == 0, "it is idle, and goes when its time is up"
+
+    run(check)
+
+
+def test_a_load_waits_for_what_is_still_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CLOSE_GRACE", 1.0)
+    stuck, other = fake_model(tmp_path, "stuck", hang_at_token=2), fake_model(tmp_path, "other")
+
+    async def check(residents: Residents) -> None:
+        async with residents.use(stuck, {}, 0) as loaded:
+            outputs = loaded.engine.generate([0], SamplingParams())
+            await anext(outputs)
+            pid = loaded.engine.pid
+        assert not residents.running()
+        assert exists(pid), "its engine does not listen; it has until the end of its grace"
+        await hold(residents, other)
+        assert not exists(pid), "or the memory of both would be taken"
 
     run(check)
 
