@@ -51,8 +51,8 @@ CASES = {
     "qwen2": Tiny("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen2-window": Tiny("Qwen2ForCausalLM", WINDOWED_QWEN2),
     "qwen3": Tiny("Qwen3ForCausalLM", {}),
-    "qwen3-yarn": Tiny(
-        "Qwen3ForCausalLM", _rope("yarn", factor=4.0, original_max_position_embeddings=128, attention_factor=1.3)
+    "qwen3-yarn": Tiny(  # long enough that some pairs keep their frequency: the lower end of the ramp
+        "Qwen3ForCausalLM", _rope("yarn", factor=4.0, original_max_position_embeddings=4096, attention_factor=1.3)
     ),
     "qwen3moe": Tiny(
         "Qwen3MoeForCausalLM",
@@ -60,6 +60,10 @@ CASES = {
     ),
     "gemma": Tiny("GemmaForCausalLM", {}),
     "gemma2-window": Tiny("Gemma2ForCausalLM", {"sliding_window": 16, "query_pre_attn_scalar": 32}),
+    "gemma2-caps": Tiny(
+        "Gemma2ForCausalLM",
+        {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0},  # 50 would not show
+    ),
     "gemma2-scale": Tiny("Gemma2ForCausalLM", {"sliding_window": 16, "query_pre_attn_scalar": 100}),
     "gemma3-window": Tiny(
         "Gemma3ForCausalLM",
