@@ -14,4 +14,24 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("block_layout(int type) -> (int, int)");
   // data (V, row bytes) uint8 of GGUF type `type`; ids (n,) int32 or int64 -> rows ids of it as float32 (n, E).
   m.def("embedding_rows(Tensor data, int type, Tensor ids) -> Tensor");
+  // Threads of the kernels below, the calling one included. At the start: the physical cores.
+  m.def("set_threads(int count) -> ()");
+  // rows (n, row bytes) uint8 of GGUF type `type`, k weights each -> tiles (ceil(n / 16), 16 * row bytes): the same bits, permuted.
+  m.def("pack_weight(Tensor rows, int type, int k) -> Tensor");
+  m.def("unpack_weight(Tensor tiles, int type, int n, int k) -> Tensor");
+  // x (m, k) float32 times a packed (n, k) weight -> (m, n) float32. Quantized weights take x as int8 per 32.
+  m.def("linear(Tensor x, Tensor tiles, int type, int n, Tensor? bias) -> Tensor");
+  // Paged KV caches are key (blocks, kv heads, key_length, 16) and value (blocks, kv heads, 16, value_length): float16, bfloat16 or
+  // float32, blocks of 16 tokens. slots (tokens,) int64: block * 16 + offset.
+  m.def("write_kv(Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, Tensor slots) -> ()");
+  // q (tokens, heads * key_length) float32; block_table (S, B), query_start (S + 1), seq_lens (S) int32 -> (tokens, heads * value_length).
+  m.def("attention(Tensor q, Tensor key, Tensor value, Tensor block_table, Tensor query_start, Tensor seq_lens, int heads, float scale, "
+        "float softcap, int window, bool causal, Tensor? sinks) -> Tensor");
+  // A decoder layer for `decoder`. Lists in the order of csrc/cpu/decoder.cpp's enums Part, Vector and Fact; empty tensors are absent.
+  m.def("layer_new(Tensor[] tiles, int[] types, int[] rows, int[] columns, Tensor[] biases, Tensor[] vectors, int[] facts, float scale, "
+        "float softcap, float eps) -> int");
+  m.def("layer_free(int layer) -> ()");
+  // hidden (tokens, length) float32 through the layers, in place. ropes: (positions, n_rot), cosines then sines.
+  m.def("decoder(int[] layers, Tensor(a!) hidden, Tensor positions, Tensor slots, Tensor block_table, Tensor query_start, Tensor seq_lens, "
+        "Tensor[] keys, Tensor[] values, Tensor[] ropes, Tensor? temperature) -> ()");
 }

@@ -20,8 +20,12 @@ from pathlib import Path
 LIBRARY = "_C.abi3.so"
 # Torch's stable ABI of 2.11: the library runs on that and everything later. A product is never contracted into a sum, so
 # that every instruction set gives the same bits; kernels that want fused arithmetic say so with intrinsics.
-COMMON = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020b000000000000")
-LINK = ("-shared", "-s", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed")
+# Nor do kernels look at floating point exceptions or errno: without those two flags rounding is a call into libm.
+COMMON = (
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi"),
+    *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+)
+LINK = ("-shared", "-s", "-pthread", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "decoder.h"
+
 namespace ollamapy {
 
 struct Kernels {
@@ -14,6 +16,21 @@ struct Kernels {
   // floats, for i in [begin, end). The caller has checked type, ids and bounds.
   void (*embedding_rows)(const uint8_t* data, int64_t row_stride, int64_t type, int64_t blocks, const int64_t* ids, int64_t begin,
                          int64_t end, float* out);
+
+  // The matmul kernels of a GGUF tensor type, null for a type that has none.
+  const MatmulKernels* (*matmul)(int64_t type);
+
+  // Rows [begin, end) of x, each k floats ldx apart, as int8 records for the quantized matmuls (isa/quantize.h).
+  void (*quantize_rows)(const float* x, int64_t ldx, int64_t k, uint8_t* acts, int64_t begin, int64_t end);
+
+  // This thread's part of a run through decoder layers; all `count` threads of the team call it.
+  void (*decoder)(const DecoderRun& run, int index, int count);
+
+  // Paged attention of a batch, on as many threads as call it; `next` counts the items handed out. sinks: (heads,) or null.
+  void (*attention)(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, float* y, int64_t* next);
+
+  // Keys (n, kv_heads * key_length) and values of rows [begin, end) to their slots.
+  void (*write_cache)(const AttentionShape& a, const Cache& cache, const int64_t* slots, const float* k, const float* v, int64_t begin, int64_t end);
 };
 
 namespace base { extern const Kernels kernels; }

@@ -1,0 +1,86 @@
+// Plain structs that the bindings fill and the kernels of every instruction set read. No torch.
+#pragma once
+#include <cstdint>
+
+namespace ollamapy {
+
+// Matmul on packed weights of one GGUF tensor type: tiles of 16 rows that hold the bits of the file's rows, permuted.
+struct MatmulKernels {
+  // rows (n, k) as in the file <-> tiles (ceil(n / 16), 16 * row bytes); tiles [begin, end)
+  void (*pack)(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t begin, int64_t end);
+  void (*unpack)(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t begin, int64_t end);
+  // y[i * ldy + 16 t + r] for the m rows of acts and tiles t of [begin, end); acts: records of `quantize_rows`, or float rows
+  void (*matmul)(const uint8_t* tiles, int64_t k, const uint8_t* acts, int64_t m, float* y, int64_t ldy, int64_t begin, int64_t end);
+  int64_t block, block_bytes;
+  bool dense;  // float weights: acts are float rows
+};
+
+struct Weight {
+  const MatmulKernels* kernels = nullptr;  // null: absent
+  const uint8_t* tiles = nullptr;
+  int64_t n = 0, k = 0;
+  const float* bias = nullptr;  // (n,) or null
+  int64_t tile_count() const { return (n + 15) / 16; }
+};
+
+// Paged KV cache, blocks of 16 tokens: key (block, kv head, key_length, 16 tokens), value (block, kv head, 16 tokens,
+// value_length). So 16 keys are the lanes of a score, and 16 components of a value the lanes of an output.
+enum CacheType : int { kCacheF16 = 0, kCacheBF16 = 1, kCacheF32 = 2 };
+struct Cache {
+  uint8_t *keys, *values;
+  int type;
+};
+
+enum RopeKind : int { kRopeNone = 0, kRopeHalves = 1, kRopePairs = 2 };
+enum GateKind : int { kGateSilu = 0, kGateGeluTanh = 1 };
+
+struct AttentionShape {
+  int heads, kv_heads, key_length, value_length;
+  float scale, softcap;  // softcap 0: off
+  int window;            // 0: none
+  bool causal;
+};
+
+// A pre-norm decoder layer with gated feed-forward. Null vectors and absent weights are left out.
+struct Layer {
+  Weight q, k, v, o, gate, up, down;  // k and v absent: q has the rows of q, k and v; up absent: gate has those of gate and up
+  const float *attn_norm, *post_attn_norm, *ffn_norm, *post_ffn_norm, *q_norm, *k_norm, *sinks;
+  AttentionShape attention;
+  int n_rot, rope_kind, rope_index, gate_kind;
+  bool temper;  // queries are multiplied by Tokens.temperature
+  float eps;
+};
+
+struct AttendItem {  // query rows [row0, row1) of a sequence
+  int32_t seq, row0, row1;
+};
+
+struct Tokens {  // the batch
+  int64_t num_tokens, num_seqs, max_blocks;
+  const int64_t *positions, *slots;
+  const int32_t *block_table, *query_start, *seq_lens;
+  const AttendItem* items;
+  int64_t num_items;
+  const float* const* ropes;  // per rope_index: (positions, n_rot), n_rot / 2 cosines then as many sines
+  const float* temperature;   // (num_tokens,) or null
+};
+
+struct Buffers {  // rows of num_tokens; row lengths in floats, multiples of 16
+  uint8_t* acts;
+  float *qkv, *attn, *ffn, *up, *out;
+  int64_t ldqkv, ldattn, ldffn, ldout;
+  float* rows;     // (threads, length): a normalised row
+  int64_t* next;   // (layers,) attention items handed out, zero at the start
+};
+
+struct DecoderRun {
+  const Layer* const* layers;
+  const Cache* caches;
+  int64_t num_layers;
+  const Tokens* tokens;
+  const Buffers* buffers;
+  float* hidden;  // (num_tokens, length), updated in place
+  int64_t length;
+};
+
+}  // namespace ollamapy

@@ -1,0 +1,52 @@
+// The table of matmul kernels by GGUF tensor type. Compiled once per instruction set.
+#include "../decoder.h"
+#include "families.h"
+
+#if defined(__AVX512BF16__)  // integer dots gain nothing from it, so its kernels are those of AVX-512 VNNI
+
+namespace ollamapy {
+namespace avx512vnni { const MatmulKernels* matmul_kernels(int64_t type); }
+namespace OLLAMAPY_ISA {
+const MatmulKernels* matmul_kernels(int64_t type) { return avx512vnni::matmul_kernels(type); }
+}  // namespace OLLAMAPY_ISA
+}  // namespace ollamapy
+
+#else
+
+#include "dense.h"
+#include "matmul.h"
+#include "pack.h"
+
+namespace ollamapy::OLLAMAPY_ISA {
+namespace {
+
+template <class T>
+constexpr MatmulKernels quantized() {
+  return {pack_tiles<T>, unpack_tiles<T>, matmul_tiles<T>, T::kBlock, T::kBlockBytes, false};
+}
+template <class T>
+constexpr MatmulKernels dense() {
+  return {pack_dense<T>, unpack_dense<T>, dense_tiles<T>, 1, T::kBytes, true};
+}
+
+}  // namespace
+
+const MatmulKernels* matmul_kernels(int64_t type) {
+  switch (type) {
+#define X(id, T, make)                              \
+  case id: {                                        \
+    static constexpr MatmulKernels table = make<T>(); \
+    return &table;                                  \
+  }
+    X(0, DenseF32, dense) X(1, DenseF16, dense) X(30, DenseBF16, dense)
+    X(2, Q4_0, quantized) X(3, Q4_1, quantized) X(6, Q5_0, quantized) X(7, Q5_1, quantized) X(8, Q8_0, quantized)
+    X(10, Q2_K, quantized) X(11, Q3_K, quantized) X(12, Q4_K, quantized) X(13, Q5_K, quantized) X(14, Q6_K, quantized)
+    X(20, IQ4_NL, quantized) X(23, IQ4_XS, quantized) X(39, MXFP4, quantized)
+#undef X
+  }
+  return nullptr;
+}
+
+}  // namespace ollamapy::OLLAMAPY_ISA
+
+#endif

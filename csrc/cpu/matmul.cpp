@@ -1,0 +1,107 @@
+// Bindings of the matmul on packed weights: pack, unpack, linear. Checks, output, threads.
+#include <algorithm>
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../common/check.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "team.h"
+
+namespace ollamapy {
+namespace {
+
+const MatmulKernels& kernels_of(const char* op, int64_t type) {
+  const MatmulKernels* found = kernels().matmul(type);
+  STD_TORCH_CHECK(found, op, ": no kernel for tensor type ", type);
+  return *found;
+}
+
+int64_t row_bytes(const char* op, const MatmulKernels& m, int64_t k) {
+  STD_TORCH_CHECK(k > 0 && k % m.block == 0, op, ": rows of ", k, " weights are not whole blocks of ", m.block);
+  return k / m.block * m.block_bytes;
+}
+
+Tensor pack_weight(Tensor rows, int64_t type, int64_t k) {
+  const MatmulKernels& m = kernels_of("pack_weight", type);
+  check_type("pack_weight", "rows", rows, ScalarType::Byte, 2);
+  STD_TORCH_CHECK(rows.is_contiguous(), "pack_weight: rows is not contiguous");
+  const int64_t n = rows.size(0), bytes = row_bytes("pack_weight", m, k), tiles = (n + 15) / 16;
+  STD_TORCH_CHECK(rows.size(1) == bytes, "pack_weight: rows have ", rows.size(1), " bytes, not ", bytes);
+  Tensor out = torch::stable::empty({tiles, 16 * bytes}, ScalarType::Byte);
+  const uint8_t* from = static_cast<const uint8_t*>(rows.data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(out.data_ptr());
+  team::share(tiles, 4, [&](int64_t begin, int64_t end) { m.pack(from, n, k, to, begin, end); });
+  return out;
+}
+
+Tensor unpack_weight(Tensor tiles, int64_t type, int64_t n, int64_t k) {
+  const MatmulKernels& m = kernels_of("unpack_weight", type);
+  check_type("unpack_weight", "tiles", tiles, ScalarType::Byte, 2);
+  const int64_t bytes = row_bytes("unpack_weight", m, k), count = (n + 15) / 16;
+  STD_TORCH_CHECK(tiles.is_contiguous() && tiles.size(0) == count && tiles.size(1) == 16 * bytes, "unpack_weight: tiles have another shape");
+  Tensor out = torch::stable::empty({n, bytes}, ScalarType::Byte);
+  const uint8_t* from = static_cast<const uint8_t*>(tiles.data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(out.data_ptr());
+  team::share(count, 4, [&](int64_t begin, int64_t end) { m.unpack(from, n, k, to, begin, end); });
+  return out;
+}
+
+// x (m, k) float32, tiles of an (n, k) weight -> (m, n) float32
+Tensor linear(Tensor x, Tensor tiles, int64_t type, int64_t n, std::optional<Tensor> bias) {
+  const MatmulKernels& kernel = kernels_of("linear", type);
+  check_type("linear", "x", x, ScalarType::Float, 2);
+  check_type("linear", "tiles", tiles, ScalarType::Byte, 2);
+  const int64_t m = x.size(0), k = x.size(1), bytes = row_bytes("linear", kernel, k), count = (n + 15) / 16;
+  STD_TORCH_CHECK(x.is_contiguous() && tiles.is_contiguous(), "linear: x and tiles must be contiguous");
+  STD_TORCH_CHECK(tiles.size(0) == count && tiles.size(1) == 16 * bytes, "linear: tiles are not those of a (", n, ", ", k, ") weight");
+  const float* add = nullptr;
+  if (bias) {
+    check_type("linear", "bias", *bias, ScalarType::Float, 1);
+    STD_TORCH_CHECK(bias->size(0) == n && bias->is_contiguous(), "linear: bias is not a contiguous (", n, ")");
+    add = static_cast<const float*>(bias->data_ptr());
+  }
+  Tensor out = torch::stable::empty({m, n}, ScalarType::Float);
+  if (m == 0) return out;
+  const bool whole = n % 16 == 0;  // tiles write 16 columns each: a ragged last one goes through a wider buffer
+  float* y = static_cast<float*>(out.data_ptr());
+  float* wide = whole ? y : Scratch::floats(Scratch::kOut, m * count * 16);
+  const float* from = static_cast<const float*>(x.data_ptr());
+  const uint8_t* acts = static_cast<const uint8_t*>(x.data_ptr());
+  if (!kernel.dense) {
+    uint8_t* records = Scratch::bytes(Scratch::kActs, m * (k + k / 32 * 28));
+    team::share(m, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) { kernels().quantize_rows(from, k, k, records, begin, end); });
+    acts = records;
+  }
+  const uint8_t* packed = static_cast<const uint8_t*>(tiles.data_ptr());
+  team::share((count + 1) / 2, 2, [&](int64_t begin, int64_t end) {
+    const int64_t first = 2 * begin, last = std::min(2 * end, count);
+    kernel.matmul(packed, k, acts, m, wide, count * 16, first, last);
+    for (int64_t i = 0; i < m; i++) {
+      float* row = wide + i * count * 16;
+      const int64_t stop = std::min(16 * last, n);
+      if (add)
+        for (int64_t c = 16 * first; c < stop; c++) row[c] += add[c];
+      if (!whole) std::copy(row + 16 * first, row + stop, y + i * n + 16 * first);
+    }
+  });
+  return out;
+}
+
+void set_threads(int64_t count) {
+  STD_TORCH_CHECK(count > 0 && count <= 256, "set_threads: ", count, " is not between 1 and 256");
+  team::set_size(int(count));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ollamapy, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
+  m.impl("linear", TORCH_BOX(&linear));
+}
+STABLE_TORCH_LIBRARY_IMPL(ollamapy, CompositeExplicitAutograd, m) { m.impl("set_threads", TORCH_BOX(&set_threads)); }
+
+}  // namespace ollamapy

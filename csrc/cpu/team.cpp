@@ -1,0 +1,136 @@
+#include "team.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <climits>
+#include <mutex>
+#include <set>
+#include <string>
+#include <fstream>
+
+namespace ollamapy::team {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kBarrierSpins = 2000;  // about 20 us: longer than any honest wait between even shares
+constexpr int kIdleSpins = 4000;     // about 40 us: the gap between the operations of one step
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+void wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// A number that only grows; waiters sleep on it, and the one who raises it wakes them only if somebody sleeps.
+struct alignas(64) Signal {
+  std::atomic<uint32_t> value{0};
+  std::atomic<uint32_t> sleepers{0};
+  void raise() {
+    value.fetch_add(1);
+    if (sleepers.load()) wake_all(value);
+  }
+  void wait_beyond(uint32_t seen, int spins) {
+    for (int i = 0; i < spins; i++) {
+      if (value.load(std::memory_order_acquire) != seen) return;
+      pause();
+    }
+    sleepers.fetch_add(1);
+    while (value.load() == seen) sleep_while(value, seen);
+    sleepers.fetch_sub(1);
+  }
+};
+
+// Cores, not hyper-threads: two of those share the multipliers that our kernels keep busy.
+int physical_cores() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed)) return 1;
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string siblings;
+    cores.insert(std::getline(file, siblings) ? siblings : std::to_string(cpu));
+  }
+  return cores.empty() ? 1 : int(cores.size());
+}
+
+std::atomic<int> team_size{0};
+Signal start, arrived, done;
+alignas(64) std::atomic<int> waiting{0};
+alignas(64) std::atomic<int> finished{0};
+Work current_work;
+void* current_argument;
+int current_count, started = 1;
+std::mutex one_caller;
+
+void* helper(void* index) {
+  const int thread = int(reinterpret_cast<intptr_t>(index));
+  uint32_t seen = 0;
+  for (;;) {
+    start.wait_beyond(seen, kIdleSpins);
+    seen += 1;
+    if (thread < current_count) {
+      current_work(current_argument, thread, current_count);
+    }
+    if (finished.fetch_add(1) + 1 == started - 1) done.raise();
+  }
+  return nullptr;
+}
+}  // namespace
+
+void set_size(int threads) { team_size = threads < kMaxThreads ? threads : kMaxThreads; }
+int size() {
+  if (team_size == 0) set_size(physical_cores());
+  return team_size;
+}
+
+void barrier(int count) {
+  const uint32_t seen = arrived.value.load();
+  if (waiting.fetch_add(1) + 1 == count) {
+    waiting.store(0);
+    arrived.raise();
+  } else {
+    arrived.wait_beyond(seen, kBarrierSpins);
+  }
+}
+
+void run(int count, Work work, void* argument) {
+  if (count > kMaxThreads) count = kMaxThreads;
+  if (count <= 1) return work(argument, 0, 1);
+  std::lock_guard<std::mutex> only(one_caller);
+  while (started < count) {
+    // Helpers must take no signals: Python's handlers belong to the main thread.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_t id;
+    const int failed = pthread_create(&id, nullptr, helper, reinterpret_cast<void*>(intptr_t(started)));
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (failed) { count = started; break; }
+    pthread_detach(id);
+    started += 1;
+  }
+  current_work = work;
+  current_argument = argument;
+  current_count = count;
+  finished.store(0);
+  const uint32_t seen = done.value.load();
+  start.raise();
+  work(argument, 0, count);
+  done.wait_beyond(seen, kBarrierSpins);
+}
+}  // namespace ollamapy::team

@@ -1,0 +1,35 @@
+// The calling thread and its helpers, one per core. A waiting thread spins for some microseconds and then sleeps.
+//
+// Why not OpenMP: its barriers spin for milliseconds, and when another process takes one of our cores a spinning waiter keeps
+// the core that the late thread needs. With the daemon beside a two-thread engine on two cores, a barrier then cost a time
+// slice (2.7 ms measured) instead of 0.2 us.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+namespace ollamapy::team {
+
+using Work = void (*)(void* argument, int thread, int count);
+
+void set_size(int threads);  // of the team from now on, the caller included; at the start: the physical cores
+int size();
+
+// Runs work on `count` threads, the caller being thread 0, and returns when all have returned. One caller at a time.
+void run(int count, Work work, void* argument);
+void barrier(int count);  // meets all threads of the running work
+
+// body(begin, end) over [0, n) in even shares, on one thread for every `grain` items up to the team's size.
+template <class Body>
+void share(int64_t n, int64_t grain, const Body& body) {
+  struct Call { const Body& body; int64_t n; } call{body, n};
+  const int64_t threads = n / (grain > 0 ? grain : 1);
+  run(int(threads < 1 ? 1 : threads < size() ? threads : size()),
+      [](void* p, int thread, int count) {
+        const Call& c = *static_cast<Call*>(p);
+        const int64_t begin = c.n * thread / count, end = c.n * (thread + 1) / count;
+        if (begin < end) c.body(begin, end);
+      },
+      &call);
+}
+
+}  // namespace ollamapy::team
