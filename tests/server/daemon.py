@@ -1,0 +1,117 @@
+"""A real daemon in its own process, on a free port, with a store of its own; and raw HTTP over sockets to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+_SERVE = "import sys; from ollamapy import env; from ollamapy.server.main import run; sys.exit(run(env.load()))"
+
+
+class Daemon:
+    """`seconds_to_answer`: from the start of the process to the first answer of /api/version."""
+
+    def __init__(self, models: Path, log: Path, port: int = 0, **variables: str) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        environment = {**os.environ, "OLLAMA_HOST": f"127.0.0.1:{self.port}", "OLLAMA_MODELS": str(models), **variables}
+        start = time.monotonic()
+        with log.open("wb") as out:
+            self.process = subprocess.Popen([sys.executable, "-c", _SERVE], stderr=out, cwd=ROOT, env=environment)
+        while self.process.poll() is None and not self.answers():
+            assert time.monotonic() - start < 30, log.read_text()
+            time.sleep(0.01)
+        self.seconds_to_answer = time.monotonic() - start
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/api/version", timeout=2, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def get(self, path: str) -> Any:
+        return httpx.get(self.url + path, timeout=30, trust_env=False).json()
+
+    def post(self, path: str, body: object, **more: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=120, trust_env=False, **more)
+
+    def engine(self) -> dict[str, Any]:
+        """The one loaded engine, as `ps` with verbose has it."""
+        (row,) = self.get("/api/ps?verbose=1")["models"]
+        found: dict[str, Any] = row["engine"]
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.engine()["stats"]
+        return found
+
+    def seconds_until_idle(self, limit: float = 10) -> float:
+        """How long until the engine has no sequence and every block is back; then its books must balance."""
+        start = time.monotonic()
+        while True:
+            stats = self.stats()
+            if stats["num_running"] == stats["num_waiting"] == stats["used_blocks"] == 0:
+                break
+            assert time.monotonic() - start < limit, stats
+            time.sleep(0.005)
+        assert stats["free_blocks"] + stats["cached_blocks"] == stats["total_blocks"] and stats["integrity"] == "ok", stats
+        return time.monotonic() - start
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """The exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        return self.process.wait(30)
+
+
+@contextmanager
+def running(models: Path, log: Path, **variables: str) -> Iterator[Daemon]:
+    daemon = Daemon(models, log, **variables)
+    try:
+        yield daemon
+    finally:
+        daemon.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def request_bytes(method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> bytes:
+    """A request as it goes over the wire; a header with the value "-" is left out."""
+    content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    given = {"Host": "localhost", "Content-Length": str(len(content)), "Content-Type": "application/json", **(headers or {})}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items() if value != "-")]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+
+def connect(daemon: Daemon) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", daemon.port), timeout=60)
+
+
+def read_head(sock: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers in lower case, and what came behind them."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        chunk = sock.recv(65536)
+        assert chunk, f"the connection was closed after {data!r}"
+        data += chunk
+    head, rest = data.split(b"\r\n\r\n", 1)
+    status, *fields = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in fields)}
+    return int(status.split()[1]), headers, rest
