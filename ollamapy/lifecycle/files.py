@@ -1,4 +1,4 @@
-"""What the daemon itself needs of a model file: config, metadata, sizes, tokenizer. Read in threads, cached."""
+"""What the daemon itself needs of a model file: config, metadata, tensors, tokenizer. Read in threads, cached."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ollamapy.gguf.dialect import normalise
-from ollamapy.gguf.reader import GGUFFile
-from ollamapy.lifecycle.placement import weight_bytes
+from ollamapy.gguf.reader import GGUFFile, TensorInfo
 from ollamapy.models.config import ModelConfig
 from ollamapy.tokenizer import Tokenizer
 
@@ -26,12 +25,11 @@ Key = tuple[str, int, int]  # path, mtime in ns, size
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """`metadata` is in llama.cpp's spelling, without vocabulary; `weight_bytes` is what the weights are expected to take
-    once loaded; `tokenizer` may still be being built."""
+    """`metadata` and `tensors` are in llama.cpp's spelling, without vocabulary; `tokenizer` may still be being built."""
 
     config: ModelConfig
     metadata: Mapping[str, Any]
-    weight_bytes: int
+    tensors: Mapping[str, TensorInfo]
     tokenizer: asyncio.Future[Tokenizer]
 
 
@@ -70,7 +68,7 @@ class ModelFiles:
                 self._files.pop(key, None)
 
         tokenizer.add_done_callback(forget_a_failure)
-        return ModelFile(config, kept, weight_bytes(tensors), tokenizer)
+        return ModelFile(config, kept, tensors, tokenizer)
 
 
 def _build_tokenizer(file: GGUFFile, metadata: Mapping[str, Any]) -> Tokenizer:

@@ -126,8 +126,9 @@ def num_threads() -> int:
         return 1
 
 
-def run(load_main: Callable[[], EngineMain], arguments: list[str]) -> None:
-    """The process's whole life. `arguments`: socket fd, parent pid, logging level. `load_main` does the imports."""
+def run(preload: Callable[[], tuple[EngineMain, tuple[str, ...]]], arguments: list[str]) -> None:
+    """The process's whole life. `arguments`: socket fd, parent pid, logging level. `preload` does the imports and gives
+    what engines run and `Preloaded.packed_on`."""
     fd, parent, level = (int(argument) for argument in arguments)
     die_with_parent(parent)
     # Ctrl+C and a service manager's SIGTERM reach the whole group; the daemon decides when engines end.
@@ -135,21 +136,21 @@ def run(load_main: Callable[[], EngineMain], arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s engine[%(process)d] %(name)s: %(message)s")
     start = time.monotonic()
-    main = load_main()
+    main, packed_on = preload()
     gc.collect()
     gc.freeze()  # what is imported stays shared with the engines: no collection touches its pages
     with socket.socket(fileno=fd) as daemon, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        daemon.sendall(encode(Preloaded(time.monotonic() - start, num_threads())))
+        daemon.sendall(encode(Preloaded(time.monotonic() - start, num_threads(), packed_on)))
         Forkserver(daemon, main).serve()
 
 
-def _worker_main() -> EngineMain:
-    main: EngineMain = importlib.import_module("ollamapy.lifecycle.worker").main  # torch: only in this process
-    return main
+def _preload() -> tuple[EngineMain, tuple[str, ...]]:
+    worker = importlib.import_module("ollamapy.lifecycle.worker")  # torch: only in this process
+    return worker.main, worker.packed_on()
 
 
 def main() -> None:
-    run(_worker_main, sys.argv[1:])
+    run(_preload, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class _Place:
 
 def plan(
     config: ModelConfig,
-    weight_bytes: int,
+    weights: Mapping[str, int],
     devices: Devices,
     settings: Settings,
     options: RunnerOptions,
@@ -106,11 +106,13 @@ def plan(
 ) -> Placement:
     """The best GPU that holds the model with one full context, else the CPU, with as much KV room as is sensible.
 
+    `weights`: device kind -> bytes, see `weight_bytes`.
+
     A context that nobody asked for is lowered until it fits; one that was asked for is an error when it does not.
     Raises DoesNotFit, and EngineError when a device is forced that is not there.
     """
     kv_dtype, notes = kv_type(settings.kv_cache_type)
-    shape = _Shape(config, weight_bytes, settings, options, kv_dtype, (model_path, tuple(adapter_paths)))
+    shape = _Shape(config, weights, settings, options, kv_dtype, (model_path, tuple(adapter_paths)))
     gpus = _gpu_places(devices, settings, options)
     for place, context in [(p, c) for c in contexts(config, devices.gpus, settings, options) for p in gpus]:
         placement = shape.on(place, context, devices.cpu_cores)
@@ -162,14 +164,21 @@ def wants_cpu(devices: Devices, settings: Settings, options: RunnerOptions) -> b
     return options.num_gpu == 0 or settings.device == "cpu" or (not devices.gpus and not _must_be_gpu(settings))
 
 
-def weight_bytes(tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes that the weights take once loaded by the reference kernels: matrices as float32, the embedding as in the file."""
-    total = sum(4 * math.prod(tensor.shape) for name, tensor in tensors.items() if name != "token_embd.weight")
+def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], settings: Settings) -> dict[str, int]:
+    """Device kind -> bytes that the weights take there once loaded.
+
+    Kernels named in `packed_on` keep matrices as the file has them; the reference makes them float32. The embedding stays
+    as it is, and is a matrix too where there is no `output.weight`.
+    """
     embedding = tensors.get("token_embd.weight")
-    if embedding is not None:
-        tied = "output.weight" not in tensors  # it is a matrix too
-        total += embedding.nbytes + (4 * math.prod(embedding.shape) if tied else 0)
-    return total
+    matrices = [tensor for name, tensor in tensors.items() if name != "token_embd.weight"]
+    if embedding is not None and "output.weight" not in tensors:
+        matrices.append(embedding)
+    rows = embedding.nbytes if embedding is not None else 0
+    packed = rows + sum(tensor.nbytes for tensor in matrices)
+    dense = rows + sum(4 * math.prod(tensor.shape) for tensor in matrices)
+    packs = () if settings.kernels == "reference" else packed_on
+    return {kind: packed if kind in packs else dense for kind in ("cpu", "cuda")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +186,7 @@ class _Shape:
     """What is to be placed."""
 
     config: ModelConfig
-    weight_bytes: int
+    weights: Mapping[str, int]
     settings: Settings
     options: RunnerOptions
     kv_dtype: Literal["f16", "bf16", "f32"]
@@ -199,7 +208,7 @@ class _Shape:
         """None when not even one context fits."""
         workspace = self.workspace_bytes(place.kind, context)
         blocks = -(-context // BLOCK_SIZE)
-        left = place.free - self.weight_bytes - workspace
+        left = place.free - self.weights[place.kind] - workspace
         if blocks * self.block_bytes() > left:
             return None
         wanted = self.settings.num_parallel or MAX_CONTEXTS[place.kind]
@@ -225,7 +234,7 @@ class _Shape:
             num_threads=self.options.num_thread or cpu_cores,
             kernels=self.settings.kernels,
         )
-        return Placement(made, self.weight_bytes, count * blocks * self.block_bytes(), workspace, tuple(notes))
+        return Placement(made, self.weights[place.kind], count * blocks * self.block_bytes(), workspace, tuple(notes))
 
 
 def _gpu_places(devices: Devices, settings: Settings, options: RunnerOptions) -> list[_Place]:
@@ -248,7 +257,9 @@ def _must_be_gpu(settings: Settings) -> bool:
 
 
 def _does_not_fit(shape: _Shape, place: _Place, context: int) -> DoesNotFit:
-    need = shape.weight_bytes + shape.workspace_bytes(place.kind, context) + -(-context // BLOCK_SIZE) * shape.block_bytes()
+    need = (
+        shape.weights[place.kind] + shape.workspace_bytes(place.kind, context) + -(-context // BLOCK_SIZE) * shape.block_bytes()
+    )
     kind = "system" if place.kind == "cpu" else "GPU"
     return DoesNotFit(
         f"model requires more {kind} memory ({_size(need)} with a context of {context} tokens) than is available "

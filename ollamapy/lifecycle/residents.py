@@ -229,18 +229,19 @@ class Residents:
             devices = (await asyncio.to_thread(self._discover)).without(sum(r.unused_bytes() for r in self._residents.values()))
             if len(self._residents) < (self._settings.max_loaded_models or MODELS_PER_DEVICE * max(1, len(devices.gpus))):
                 try:
-                    placed = self._plan(key, file, devices, wanted)
+                    placed = await self._plan(key, file, devices, wanted)
                 except DoesNotFit:
                     if not self._residents:
                         raise
-                    self._plan(key, file, devices.emptied(), wanted)
+                    await self._plan(key, file, devices.emptied(), wanted)
                 else:
                     if not (placed.spilled and any(resident.on_gpu for resident in self._residents.values())):
                         return placed
             await self._evict(devices)
 
-    def _plan(self, key: Key, file: ModelFile, devices: Devices, wanted: RunnerOptions) -> Placement:
-        return placement.plan(file.config, file.weight_bytes, devices, self._settings, wanted, *key)
+    async def _plan(self, key: Key, file: ModelFile, devices: Devices, wanted: RunnerOptions) -> Placement:
+        weights = placement.weight_bytes(file.tensors, (await self._spawner.ready()).packed_on, self._settings)
+        return placement.plan(file.config, weights, devices, self._settings, wanted, *key)
 
     # --- ending ---
 

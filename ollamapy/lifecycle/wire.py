@@ -39,10 +39,14 @@ class Exited(msgspec.Struct, frozen=True, tag="exited"):
 
 
 class Preloaded(msgspec.Struct, frozen=True, tag="preloaded"):
-    """The forkserver has imported what engines need. `num_threads` must be 1, or a fork would not be safe."""
+    """The forkserver has imported what engines need. `num_threads` must be 1, or a fork would not be safe.
+
+    `packed_on`: device kinds whose kernels keep matrices as the file has them; elsewhere they become float32.
+    """
 
     seconds: float
     num_threads: int
+    packed_on: tuple[str, ...]
 
 
 SpawnRequest = Fork | Kill

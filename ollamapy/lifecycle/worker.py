@@ -16,6 +16,7 @@ from ollamapy.engine.engine import Engine
 from ollamapy.engine.protocol import Plan
 from ollamapy.errors import NotSupported
 from ollamapy.gguf.reader import GGUFFile
+from ollamapy.gguf.types import GGMLType
 from ollamapy.lifecycle.devices import physical_cores
 from ollamapy.lifecycle.loop import Loop, Progress
 from ollamapy.models.load import load_model
@@ -34,6 +35,15 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         device = torch.device(plan.device)
         model = load_model(file, device, progress, context_length=plan.context_length, kernels=plan.kernels)
     return Engine(model, plan, ops.chosen())
+
+
+def packed_on() -> tuple[str, ...]:
+    """Device kinds whose kernels keep matrices as the file has them. Loads the C++ extension, for all engines."""
+    return tuple(kind for kind in ("cpu", "cuda") if _packs(ops.Place(torch.device(kind), GGMLType.Q4_0)))
+
+
+def _packs(place: ops.Place) -> bool:
+    return next(kernel.family for kernel in ops.kernels_for("linear") if not kernel.needs(place)) != "reference"
 
 
 def main(sock: socket.socket, plan: Plan) -> None:

@@ -141,4 +141,4 @@ def main(sock: socket.socket, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    forkserver.run(lambda: main, sys.argv[1:])
+    forkserver.run(lambda: (main, ("cpu",)), sys.argv[1:])

@@ -92,6 +92,11 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> float:
     return time.monotonic() - start
 
 
+def written(trace: Path) -> bool:
+    """Whether a fake engine has written to its trace, to the end of a line."""
+    return trace.exists() and trace.read_text().endswith("\n")
+
+
 def open_fds() -> int:
     gc.collect()  # a traceback may hold a mapped file
     return len(os.listdir("/proc/self/fd"))

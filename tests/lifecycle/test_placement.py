@@ -42,9 +42,8 @@ def gpus(*sizes: tuple[float, float], free: float = 64) -> Devices:
 
 
 def place(devices: Devices, weights: float = 5, options: dict[str, object] | None = None, **settings: Any) -> Placement:
-    return plan(
-        config(), int(weights * GIB), devices, Settings(**settings), RunnerOptions.of(options or {}), "m.gguf", ("a.gguf",)
-    )
+    wanted, size = RunnerOptions.of(options or {}), int(weights * GIB)
+    return plan(config(), {"cpu": size, "cuda": size}, devices, Settings(**settings), wanted, "m.gguf", ("a.gguf",))
 
 
 def test_a_cpu_plan() -> None:
@@ -97,7 +96,7 @@ def test_kv_room(free: float, settings: dict[str, Any], contexts: int, notes: in
 )
 def test_context_length(options: dict[str, object], environment: int, trained: int, expected: int) -> None:
     settings = Settings(context_length=environment)
-    made = plan(config(trained), GIB, cpu(60), settings, RunnerOptions.of(options)).plan
+    made = plan(config(trained), {"cpu": GIB, "cuda": GIB}, cpu(60), settings, RunnerOptions.of(options)).plan
     assert made.context_length == expected
     assert made.num_blocks * made.block_size >= expected
     assert made.num_blocks == 8 * -(-expected // 16)
@@ -172,9 +171,21 @@ def test_weight_bytes() -> None:
     embedding, output = info("token_embd.weight", (100, 64), 3600), info("output.weight", (100, 64), 3600)
     linear = info("blk.0.attn_q.weight", (64, 64), 2304)
     untied = {each.name: each for each in (embedding, output, linear)}
-    assert weight_bytes(untied) == 3600 + 4 * 6400 + 4 * 4096
     tied = {each.name: each for each in (embedding, linear)}
-    assert weight_bytes(tied) == 3600 + 4 * 6400 + 4 * 4096, "a tied embedding is a matrix too"
+    packed, dense = 3600 + 3600 + 2304, 3600 + 4 * 6400 + 4 * 4096
+    for tensors in (untied, tied):  # a tied embedding is a matrix too
+        assert weight_bytes(tensors, ("cpu",), Settings()) == {"cpu": packed, "cuda": dense}
+        assert weight_bytes(tensors, (), Settings()) == {"cpu": dense, "cuda": dense}
+        assert weight_bytes(tensors, ("cpu", "cuda"), Settings(kernels="reference")) == {"cpu": dense, "cuda": dense}
+
+
+def test_the_device_decides_what_the_weights_take() -> None:
+    devices = gpus((24, 10), free=40)
+    options = RunnerOptions()
+    on_gpu = plan(config(), {"cpu": 30 * GIB, "cuda": 5 * GIB}, devices, Settings(), options)
+    assert (on_gpu.plan.device, on_gpu.weight_bytes) == ("cuda:0", 5 * GIB)
+    on_cpu = plan(config(), {"cpu": 5 * GIB, "cuda": 30 * GIB}, devices, Settings(), options)
+    assert (on_cpu.plan.device, on_cpu.weight_bytes, on_cpu.spilled) == ("cpu", 5 * GIB, True)
 
 
 def test_devices_of_this_machine() -> None:

@@ -20,7 +20,7 @@ from ollamapy.errors import BadRequest, EngineError
 from ollamapy.lifecycle import hang, process
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.spawner import Spawner
-from tests.lifecycle.fakes import COMMAND, collect, exists, open_fds, wait_until, write_faults
+from tests.lifecycle.fakes import COMMAND, collect, exists, open_fds, wait_until, write_faults, written
 
 Test = Callable[[Spawner], Coroutine[Any, Any, None]]
 
@@ -208,7 +208,7 @@ def test_cancelling_a_load_leaves_no_process(tmp_path: Path) -> None:
     async def check(spawner: Spawner) -> None:
         trace = tmp_path / "trace"
         task = asyncio.create_task(EngineProcess.start(spawner, plan(tmp_path / "h", hang_at_load=True, trace=str(trace))))
-        await within(5, trace.exists)
+        await within(5, lambda: written(trace))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -409,13 +409,31 @@ def test_a_forkserver_that_cannot_start_is_an_error_not_a_wait(tmp_path: Path) -
     asyncio.run(main())
 
 
+def test_on_the_event_loop_of_the_server(tmp_path: Path) -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        spawner = Spawner(COMMAND)
+        engine = await EngineProcess.start(spawner, plan(tmp_path / "m"))
+        assert await collect(engine, 3) == [1, 2, 3]
+        stream = asyncio.create_task(collect(engine, 100000))
+        await asyncio.sleep(0.1)
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="unexpectedly stopped"):
+            await asyncio.wait_for(stream, 1)
+        await engine.close()
+        spawner.close()
+
+    uvloop.run(main())
+
+
 DAEMON = """
 import asyncio, sys
 from pathlib import Path
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.spawner import Spawner
 from ollamapy.engine.protocol import Plan
-from tests.lifecycle.fakes import COMMAND, collect
+from tests.lifecycle.fakes import COMMAND, collect, written
 async def main():
     spawner = Spawner(COMMAND)
     engines = [await EngineProcess.start(spawner, Plan(path)) for path in sys.argv[1:3]]
@@ -437,7 +455,7 @@ def test_kill_9_of_the_daemon_leaves_no_process(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", DAEMON, *map(str, paths)], stdout=subprocess.PIPE, cwd=root) as daemon:
         assert daemon.stdout is not None
         pids = [int(pid) for pid in daemon.stdout.readline().split()]
-        wait_until(trace.exists, 2)
+        wait_until(lambda: written(trace), 2)
         pids.append(int(trace.read_text().split()[1]))
         assert len(pids) == 4 and all(exists(pid) for pid in pids)
         daemon.kill()

@@ -25,7 +25,7 @@ from ollamapy.lifecycle import residents as residents_module
 from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.lifecycle.spawner import Spawner
-from tests.lifecycle.fakes import COMMAND, FakeModel, collect, exists, fake_model, llama_keys, open_fds, write_model
+from tests.lifecycle.fakes import COMMAND, FakeModel, collect, exists, fake_model, llama_keys, open_fds, write_model, written
 from tests.tokenizer.builders import bpe_metadata
 
 GIB = 1 << 30
@@ -432,7 +432,7 @@ def test_cancelling_the_only_waiter_ends_the_load(tmp_path: Path) -> None:
         waiters = [asyncio.create_task(hold(residents, slow)) for _ in range(2)]
         queued = asyncio.create_task(hold(residents, next_one))
         given_up = asyncio.create_task(hold(residents, fake_model(tmp_path, "third")))
-        await within(2, trace.exists)
+        await within(2, lambda: written(trace))
         pid = int(trace.read_text().split()[1])
         given_up.cancel()
         waiters[0].cancel()
