@@ -170,14 +170,10 @@ def to_embed(request: EmbeddingRequest) -> EmbedRequest:
     )
 
 
-def error(failure: OllamapyError) -> dict[str, Any]:
-    """The error body."""
+def error(failure: OllamapyError, text: str) -> dict[str, Any]:
+    """The error body; `text` is what is shown of the failure."""
     code = "context_length_exceeded" if isinstance(failure, ContextOverflow) else None
-    return error_body(failure.status, str(failure), code)
-
-
-def error_body(status: int, text: str, code: str | None = None) -> dict[str, Any]:
-    kind = _ERROR_TYPES.get(status, "invalid_request_error" if 400 <= status < 500 else "api_error")
+    kind = _ERROR_TYPES.get(failure.status, "api_error")
     return {"error": {"message": text, "type": kind, "param": None, "code": code}}
 
 

@@ -67,7 +67,7 @@ def run(settings: Settings) -> int:
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=False,
+        access_log=bool(settings.debug),
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=IDLE_SECONDS,

@@ -6,6 +6,7 @@ Before its first line an answer's error is an ordinary error with its status; af
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 WARNING_HEADER = "X-Ollamapy-Warning"
 MAX_WARNING = 1024  # characters of the header
 INTERNAL = "internal server error"
+_BLOB_PATH = re.compile(r"/(?:[^\n]*?/)?blobs/(sha256-[0-9a-f]{12})[0-9a-f]{52}")
 _encode = msgspec.json.encode
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ class NDJSON(Wire[Any]):
         return json_line(event) + b"\n"
 
     def failure(self, error: OllamapyError) -> bytes:
-        return _encode({"error": str(error)}) + b"\n"
+        return _encode({"error": public_text(error)}) + b"\n"
 
 
 class SSE(Wire[T]):
@@ -78,7 +80,7 @@ class SSE(Wire[T]):
         return b"".join(b"data: %s\n\n" % json_line(chunk) for chunk in self._chunks(event))
 
     def failure(self, error: OllamapyError) -> bytes:
-        return b"data: %s\n\n" % _encode(openai.error(error))
+        return b"data: %s\n\n" % _encode(openai.error(error, public_text(error)))
 
 
 class Streamed(Response, Generic[T]):
@@ -134,8 +136,14 @@ def warning_header(warnings: Sequence[str]) -> dict[str, str]:
     return {WARNING_HEADER: text[:MAX_WARNING]} if text else {}
 
 
+def public_text(error: OllamapyError) -> str:
+    """An error's text without where on this machine the store is: of a blob's path only its short name stays."""
+    return _BLOB_PATH.sub(r"\1", str(error))
+
+
 def error_response(path: str, error: OllamapyError) -> Response:
     """In the form of the API that the path belongs to."""
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, ServerBusy) else {}
-    body = openai.error(error) if path.startswith("/v1/") else {"error": str(error)}
+    text = public_text(error)
+    body = openai.error(error, text) if path.startswith("/v1/") else {"error": text}
     return JSON(body, error.status, headers)

@@ -237,5 +237,5 @@ def test_embeddings_answer() -> None:
     (ContextOverflow(9, 8), "invalid_request_error", "context_length_exceeded"),
 ])  # fmt: skip
 def test_errors(error: Any, kind: str, code: str | None) -> None:
-    body = openai.error(error)["error"]
+    body = openai.error(error, str(error))["error"]
     assert body == {"message": str(error), "type": kind, "param": None, "code": code}

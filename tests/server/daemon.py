@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parents[2]
-_SERVE = "import sys; from ollamapy import env; from ollamapy.server.main import run; sys.exit(run(env.load()))"
+SERVE = (sys.executable, "-m", "ollamapy", "serve")
 
 
 class Daemon:
@@ -30,7 +30,7 @@ class Daemon:
         environment = {**os.environ, "OLLAMA_HOST": f"127.0.0.1:{self.port}", "OLLAMA_MODELS": str(models), **variables}
         start = time.monotonic()
         with log.open("wb") as out:
-            self.process = subprocess.Popen([sys.executable, "-c", _SERVE], stderr=out, cwd=ROOT, env=environment)
+            self.process = subprocess.Popen(SERVE, stderr=out, cwd=ROOT, env=environment)
         while self.process.poll() is None and not self.answers():
             assert time.monotonic() - start < 30, log.read_text()
             time.sleep(0.01)

@@ -188,6 +188,16 @@ def test_headers_over_the_limits_are_refused(daemon: Daemon) -> None:
             assert read_head(sock)[0] == 431
 
 
+def test_a_damaged_file_is_named_without_its_path(daemon: Daemon, smollm2_path: Path) -> None:
+    data = smollm2_path.read_bytes()[:3_000_000]
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert httpx.post(f"{daemon.url}/api/blobs/{digest}", content=data, trust_env=False).status_code == 201
+    for stream in (True, False):
+        made = daemon.post("/api/create", {"model": "x", "files": {"m.gguf": digest}, "stream": stream})
+        text = made.text
+        assert "m.gguf: " in text and "offset" in text and not INSIDES.search(text)
+
+
 def test_a_model_that_cannot_be_run_says_why(daemon: Daemon, tmp_path: Path) -> None:
     path = tmp_path / "odd.gguf"
     metadata = {"general.architecture": "nosuch", "nosuch.block_count": 1, "nosuch.context_length": 8}

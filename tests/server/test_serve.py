@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.daemon import _SERVE, ROOT, Daemon, connect, read_head, request_bytes, running
+from tests.server.daemon import ROOT, SERVE, Daemon, connect, read_head, request_bytes, running
 
 MODEL = "smollm2"
 
@@ -40,7 +39,7 @@ def test_a_signal_ends_it_cleanly(tmp_path: Path, how: signal.Signals) -> None:
 
 def test_a_port_in_use_is_an_error(bare_daemon: Daemon) -> None:
     environment = {**os.environ, "OLLAMA_HOST": f"127.0.0.1:{bare_daemon.port}"}
-    done = subprocess.run([sys.executable, "-c", _SERVE], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=30)
+    done = subprocess.run(SERVE, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=30)
     assert done.returncode == 1
     assert done.stderr.endswith(f"Error: listen tcp 127.0.0.1:{bare_daemon.port}: bind: address already in use\n")
 
@@ -49,7 +48,7 @@ def test_a_missing_store_is_empty_and_a_host_that_is_none_an_error(tmp_path: Pat
     with running(tmp_path / "nothing" / "here", tmp_path / "log") as daemon:
         assert daemon.get("/api/tags") == {"models": []} and daemon.get("/v1/models") == {"object": "list", "data": []}
     environment = {**os.environ, "OLLAMA_HOST": "no.such.host.invalid:1"}
-    done = subprocess.run([sys.executable, "-c", _SERVE], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+    done = subprocess.run(SERVE, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
     assert done.returncode == 1 and "Error: listen tcp no.such.host.invalid:1: " in done.stderr
 
 
@@ -109,6 +108,28 @@ def test_an_engine_that_dies_before_the_first_line_is_an_ordinary_error(daemon: 
         os.kill(daemon.engine()["pid"], signal.SIGKILL)
         status, headers, _ = read_head(sock)
     assert status == 500 and headers["content-type"].startswith("application/json")
+
+
+def test_a_full_queue_is_refused_at_once(daemon: Daemon, tmp_path: Path) -> None:
+    """Two sequences run, one request waits; the fourth is refused although the model is loaded."""
+    models = daemon.log.parent / "models"
+    body = {"model": MODEL, "prompt": "x", "options": {"num_predict": 500, "num_batch": 2}}
+    with running(models, tmp_path / "log", OLLAMA_MAX_QUEUE="1") as other:
+        assert other.post("/api/generate", {**body, "prompt": ""}).status_code == 200
+        socks = []
+        for count in range(1, 4):
+            socks.append(connect(other))
+            socks[-1].sendall(request_bytes("POST", "/api/generate", body))
+            while other.engine()["requests"] < count:
+                time.sleep(0.01)
+        begin = time.monotonic()
+        refused = other.post("/api/generate", body)
+        assert time.monotonic() - begin < 1.0
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"] == "server busy, please try again.  maximum pending requests exceeded"
+        for sock in socks:
+            sock.close()
+        other.seconds_until_idle()
 
 
 @pytest.mark.slow
