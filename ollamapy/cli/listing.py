@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ollamapy.api.types import ListResponse, RunningModel, RunningResponse
-from ollamapy.cli.text import columns, human_bytes, human_time, parse_time, table
+from ollamapy.cli.text import columns, go_duration, human_bytes, human_time, parse_time, table
 
 ID_DIGITS = 12
 
@@ -66,7 +66,7 @@ def _details(model: RunningModel) -> list[str]:
 
 
 def _flat(values: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Name and text of each value, those of inner objects under "outer inner"; sizes in human form."""
+    """Name and text of each value, those of inner objects under "outer inner"; sizes and times in human form."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
         if isinstance(value, dict):
@@ -75,6 +75,8 @@ def _flat(values: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
             rows.append((above + name, ", ".join(map(str, value))))
         elif name.endswith("bytes") and isinstance(value, int):
             rows.append((above + name.removesuffix("_bytes"), human_bytes(value)))
-        else:
+        elif name.endswith("_ns") and isinstance(value, int):
+            rows.append((above + name.removesuffix("_ns"), go_duration(value)))
+        elif name != "type":  # the message's, not the engine's
             rows.append((above + name, str(value)))
     return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import run_in_terminal
-from prompt_toolkit.filters import Condition, is_searching
+from prompt_toolkit.filters import Condition, is_done, is_searching
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import History
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -73,8 +73,8 @@ class Prompt:
             history=history,
             multiline=True,
             prompt_continuation=MORE,
-            placeholder=FormattedText([("class:placeholder", EMPTY_HINT)]),
-            input_processors=[ConditionalProcessor(hint, ready)],
+            placeholder=lambda: [] if is_done() else [("class:placeholder", EMPTY_HINT)],
+            input_processors=[ConditionalProcessor(hint, ready & ~is_done)],
             key_bindings=self._keys(),
             enable_suspend=True,
             style=Style.from_dict({"placeholder": "ansibrightblack"}),

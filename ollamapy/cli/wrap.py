@@ -48,7 +48,7 @@ class Wrapper:
 
     def _break(self, character: str) -> str:
         word, taken = self._word, display_width(self._word)
-        if character.isspace() or not word or taken >= self._width:
+        if character.isspace() or _width(character) > 1 or not word or taken >= self._width:
             return self._new_line()
         self._column = taken
         return f"\x1b[{taken}D\x1b[K\n{word}"
