@@ -8,15 +8,16 @@ A row that is passed over is logged once, with the reason. Adding a kernel is ad
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ollamapy import extension, reference
-from ollamapy.engine.batch import Batch, KVCache
+from ollamapy import cpu_kernels, extension, reference
+from ollamapy.cpu_kernels import DecoderLayer as DecoderLayer
+from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import TYPES, GGMLType
 from ollamapy.quant.dequant import DEQUANT
@@ -33,10 +34,11 @@ Use = Literal["linear", "embedding", "dense"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an op shall run: on a device and, for ops on weights, on a tensor type."""
+    """Where an op shall run: on a device, on a tensor type (ops on weights), with heads of some lengths (ops on KV caches)."""
 
     device: torch.device
     type: GGMLType | None = None
+    head_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,37 +72,61 @@ def _decodable(place: Place) -> str:
     return "" if place.type in DEQUANT else f"no decoder for {TYPES[place.type].name if place.type is not None else 'it'}"
 
 
+def _on_cpu(place: Place) -> str:
+    if place.device.type != "cpu":
+        return f"not built for {place.device.type}"
+    return "" if extension.load() is not None else f"the extension is {extension.status()}"
+
+
+def _heads_fit(place: Place) -> str:
+    odd = [length for length in place.head_lengths if length % 16 or length > cpu_kernels.MAX_HEAD]
+    return _on_cpu(place) or (f"head length {odd[0]} is not a multiple of 16 up to {cpu_kernels.MAX_HEAD}" if odd else "")
+
+
 def _extension_rows(token_ids: Tensor, weight: QuantTensor) -> Tensor:
     out: Tensor = extension.load().embedding_rows(weight.data, int(weight.type), token_ids)  # type: ignore[union-attr]
     return out
 
 
 def _extension_decodes(place: Place) -> str:
-    if place.device.type != "cpu":
-        return f"not built for {place.device.type}"
-    library = extension.load()
-    if library is None:
-        return f"the extension is {extension.status()}"
-    known = place.type is not None and any(library.block_layout(int(place.type)))
-    return "" if known else "no decoder for this tensor type"
+    known = place.type in cpu_kernels.PACKED
+    return _on_cpu(place) or ("" if known else "no decoder for this tensor type")
 
 
 TABLE: tuple[Kernel, ...] = (
     Kernel("embedding", "csrc", _extension_rows, _extension_decodes, reference.prepare_embedding),
     Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
+    Kernel("linear", "csrc", cpu_kernels.linear, lambda place: _on_cpu(place) or _decodable(place), cpu_kernels.prepare_linear),
     Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),
+    Kernel("moe", "csrc", cpu_kernels.moe, _on_cpu),
     Kernel("moe", "reference", reference.moe, _anywhere),
+    Kernel("pad_rows", "csrc", cpu_kernels.pad_rows, _on_cpu),
     Kernel("pad_rows", "reference", reference.pad_rows, _anywhere),
     Kernel("rms_norm", "reference", reference.rms_norm, _anywhere),
     Kernel("layer_norm", "reference", reference.layer_norm, _anywhere),
     Kernel("rope", "reference", reference.rope, _anywhere),
     Kernel("gated_activation", "reference", reference.gated_activation, _anywhere),
     Kernel("softcap", "reference", reference.softcap, _anywhere),
+    Kernel("stack", "csrc", cpu_kernels.Stack, _heads_fit),
+    Kernel("stack", "reference", lambda layers: None, _anywhere),
+    Kernel("new_cache", "csrc", cpu_kernels.new_cache, _heads_fit),
+    Kernel("new_cache", "reference", reference.new_cache, _anywhere),
+    Kernel("write_kv", "csrc", cpu_kernels.write_kv, _heads_fit),
     Kernel("write_kv", "reference", reference.write_kv, _anywhere),
-    Kernel("plan_attention", "reference", paged_attention.AttentionPlan, _anywhere),
+    Kernel("plan_attention", "csrc", cpu_kernels.plan_attention, _heads_fit),
+    Kernel("plan_attention", "reference", paged_attention.plan, _anywhere),
+    Kernel("attention", "csrc", cpu_kernels.attention, _heads_fit),
     Kernel("attention", "reference", paged_attention.attention, _anywhere),
 )
 _WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
+
+
+def stack(layers: Sequence[DecoderLayer | None]) -> Any | None:
+    """One call for all decoder layers, where the kernels in force have that and every layer fits it; else None."""
+    fused = [layer for layer in layers if layer is not None]
+    if _choice.chosen.get("stack") != "csrc" or len(fused) < len(layers):
+        return None
+    return _fn["stack"](fused)
 
 
 def kernels_for(op: str) -> list[Kernel]:
@@ -118,13 +144,13 @@ class Choice:
         self.chosen: dict[str, str] = {}
         self._logged: set[tuple[str, str]] = set()
 
-    def resolve(self, device: torch.device, family: str) -> None:
+    def resolve(self, device: torch.device, family: str, head_lengths: tuple[int, ...]) -> None:
         if family and family not in FAMILIES:
             raise UnsupportedModel(f'unknown kernel family "{family}" (known: {", ".join(FAMILIES)})')
         self.device, self.family = device, family
         self.chosen.clear()
         for op in {kernel.op for kernel in TABLE} - _WEIGHT_OPS:
-            kernel = self.pick(op, Place(device))
+            kernel = self.pick(op, Place(device, head_lengths=head_lengths))
             self.fn[op] = kernel.fn
             self.chosen[op] = kernel.family
 
@@ -151,9 +177,18 @@ _choice = Choice()
 _fn = _choice.fn
 
 
-def choose(device: torch.device, family: str = "") -> None:
-    """Resolves the table for a device; `family` is `Settings.kernels`. Weights prepared earlier keep their kernels."""
-    _choice.resolve(device, family)
+def choose(device: torch.device, family: str = "", head_lengths: tuple[int, ...] = ()) -> None:
+    """Resolves the table for a device and a model's head lengths; `family` is `Settings.kernels`. Weights that were prepared
+    earlier keep their kernels."""
+    _choice.resolve(device, family, head_lengths)
+
+
+def set_threads(count: int) -> None:
+    """Threads of the kernels in force, the calling one included."""
+    if _choice.chosen.get("moe") == "csrc":
+        cpu_kernels.set_threads(count)
+    else:
+        torch.set_num_threads(count)
 
 
 def chosen() -> dict[str, str]:
@@ -231,9 +266,15 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
     _fn["write_kv"](k, v, cache, slot_mapping)
 
 
-def plan_attention(batch: Batch, block_size: int) -> Any:
+def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """A layer's paged cache, zeroed, in the layout of the kernels that will write and read it."""
+    out: KVCache = _fn["new_cache"](state, num_blocks, block_size, dtype, device)
+    return out
+
+
+def plan_attention(batch: Batch, cache: KVCache) -> Any:
     """What `attention` wants to know about a batch, made once per forward pass."""
-    return _fn["plan_attention"](batch, block_size)
+    return _fn["plan_attention"](batch, cache)
 
 
 def attention(

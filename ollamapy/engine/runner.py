@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.engine.protocol import Plan
 from ollamapy.errors import EngineError
 
@@ -37,8 +37,10 @@ class Model(Protocol):
 
     @property
     def config(self) -> Config: ...
-    @property
-    def layer_states(self) -> list[LayerState]: ...
+    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
+        """A paged cache per layer, zeroed: a kernel that multiplies a stale slot by 0 must not meet a NaN there."""
+        ...
+
     def forward(self, batch: Batch, caches: ListLike[KVCache]) -> Tensor:
         """Hidden states of `batch.logit_rows` after the final norm, (num_logits, E) float32."""
         ...
@@ -49,13 +51,13 @@ class Model(Protocol):
 
 
 class ModelRunner:
-    """Allocates the caches that the model's layers declare. Raises EngineError when the device has not the memory."""
+    """Has the model's caches allocated. Raises EngineError when the device has not the memory."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
         self.model = model
         self.device = torch.device(plan.device)
         try:
-            self.caches = [_cache(state, plan, self.device) for state in model.layer_states]
+            self.caches = model.new_caches(plan.num_blocks, plan.block_size, KV_DTYPES[plan.kv_dtype], self.device)
         except (MemoryError, RuntimeError) as error:  # torch on a CPU raises RuntimeError, on a GPU a subclass of it
             tokens = plan.num_blocks * plan.block_size
             raise EngineError(f"no memory for a KV cache of {tokens} tokens on {plan.device}: {error}") from error
@@ -71,11 +73,3 @@ class ModelRunner:
         """(n, E) -> (n, V) float32."""
         return self.model.logits(hidden)
 
-
-def _cache(state: LayerState, plan: Plan, device: torch.device) -> KVCache:
-    """Zeros: a kernel that multiplies an unused slot by a weight of 0 must not meet a NaN there."""
-    dtype, slots = KV_DTYPES[plan.kv_dtype], (plan.num_blocks, plan.block_size, state.num_kv_heads)
-    return KVCache(
-        key=torch.zeros(*slots, state.key_length, dtype=dtype, device=device),
-        value=torch.zeros(*slots, state.value_length, dtype=dtype, device=device),
-    )

@@ -80,6 +80,12 @@ class Attention(Part):
         )
         return self.attn_output(seen)
 
+    def matrices(self) -> dict[str, Linear]:
+        """By their part in `ops.DecoderLayer`."""
+        if self.spec.fused_qkv:
+            return {"q": self.attn_qkv, "o": self.attn_output}
+        return {"q": self.attn_q, "k": self.attn_k, "v": self.attn_v, "o": self.attn_output}
+
     def _project_each(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn_q(x), self.attn_k(x), self.attn_v(x)
 

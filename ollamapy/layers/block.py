@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ollamapy.engine.batch import KVCache
+from ollamapy import ops
+from ollamapy.engine.batch import KVCache, LayerState
 from ollamapy.layers.attention import Attention, Step
 from ollamapy.layers.layer import Module
 from ollamapy.layers.mlp import FusedGatedMLP, GatedMLP
@@ -31,6 +32,46 @@ class DecoderBlock(Module):
         if spec.experts is not None:
             return MixtureOfExperts(spec, length, f"blk.{index}.")
         return FusedGatedMLP(spec, length) if spec.fused_gate else GatedMLP(spec, length)
+
+    @property
+    def state(self) -> LayerState:
+        """What the layer keeps per token."""
+        spec = self.spec.attention
+        return LayerState(spec.num_kv_heads, spec.key_length, spec.value_length, spec.window)
+
+    def fused(self, rope_index: int) -> ops.DecoderLayer | None:
+        """The layer as `ops.stack` takes it, with the index of its rotary table; None for one that does not fit there."""
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            return None
+        spec = self.spec.attention
+        matrices = {**self.attention.matrices(), **self.feed_forward.matrices()}
+        norms = {
+            "attn_norm": self.attn_norm,
+            "post_attn_norm": self.post_attention_norm,
+            "ffn_norm": self.ffn_norm,
+            "post_ffn_norm": self.post_ffw_norm,
+            "q_norm": self.attention.attn_q_norm,
+            "k_norm": self.attention.attn_k_norm,
+        }
+        vectors = {name: norm.weight for name, norm in norms.items() if isinstance(norm, RMSNorm)}
+        if spec.sinks:
+            vectors["sinks"] = self.attention.attn_sinks.weight
+        return ops.DecoderLayer(
+            weights={name: matrix.weight.data for name, matrix in matrices.items()},
+            biases={name: matrix.bias for name, matrix in matrices.items() if matrix.bias is not None},
+            vectors=vectors,
+            num_heads=spec.num_heads,
+            state=self.state,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            causal=spec.causal,
+            rope_index=rope_index,
+            rope_dims=spec.rope.dims,
+            rope_interleaved=spec.interleaved_rope,
+            activation=self.spec.feed_forward.activation,
+            temper=spec.query_temperature,
+            eps=self.spec.norm_eps,
+        )
 
     def __call__(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:
         x.add_(self.post_attention_norm(self.attention(self.attn_norm(x), step, cache)))

@@ -19,6 +19,10 @@ class GatedMLP(Part):
         self.ffn_up = Linear(embedding_length, spec.length)
         self.ffn_down = Linear(spec.length, embedding_length)
 
+    def matrices(self) -> dict[str, Linear]:
+        """By their part in `ops.DecoderLayer`."""
+        return {"gate": self.ffn_gate, "up": self.ffn_up, "down": self.ffn_down}
+
     def __call__(self, x: Tensor) -> Tensor:
         return self.ffn_down(ops.gated_activation(self.ffn_gate(x), self.ffn_up(x), self.activation))
 
@@ -30,6 +34,10 @@ class FusedGatedMLP(Part):
         self.activation = spec.activation
         self.ffn_up = Linear(embedding_length, 2 * spec.length)
         self.ffn_down = Linear(spec.length, embedding_length)
+
+    def matrices(self) -> dict[str, Linear]:
+        """By their part in `ops.DecoderLayer`."""
+        return {"gate": self.ffn_up, "down": self.ffn_down}
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.ffn_up(x).chunk(2, dim=-1)

@@ -76,7 +76,16 @@ class RotaryTable:
 
     def __init__(self, inverse: Tensor, magnitude: float, interleaved: bool, device: torch.device) -> None:
         self._inverse, self._magnitude, self._interleaved, self._device = inverse, magnitude, interleaved, device
+        self._turns = inverse.new_empty(0, 2 * inverse.shape[0])
         self._build(FIRST_POSITIONS)
+
+    def turns(self, length: int) -> Tensor:
+        """(at least `length`, n_rot): the cosines of the pairs, then their sines, as `ops.stack` wants them."""
+        if length > self._turns.shape[0]:
+            rows = max(FIRST_POSITIONS, 1 << (length - 1).bit_length())
+            angles = torch.arange(rows, dtype=torch.float32).unsqueeze(1) * self._inverse
+            self._turns = torch.cat((angles.cos(), angles.sin()), -1).mul_(self._magnitude)
+        return self._turns
 
     def rows(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin (n, 1, n_rot) of positions (n,) that lie below `length`."""

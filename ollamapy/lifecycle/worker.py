@@ -28,12 +28,14 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
     """Loads the model. Raises GGUFError, UnsupportedModel, NotSupported for adapters, MemoryError and what torch raises."""
     if plan.adapter_paths:
         raise NotSupported("adapters (LoRA) are not supported yet")
-    torch.set_num_threads(plan.num_threads or physical_cores())
+    threads = plan.num_threads or physical_cores()
+    torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    log.info("loading %s on %s with %d threads", Path(plan.model_path).name, plan.device, torch.get_num_threads())
+    log.info("loading %s on %s with %d threads", Path(plan.model_path).name, plan.device, threads)
     with GGUFFile.open(plan.model_path) as file:
         device = torch.device(plan.device)
         model = load_model(file, device, progress, context_length=plan.context_length, kernels=plan.kernels)
+    ops.set_threads(threads)
     return Engine(model, plan, ops.chosen())
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ollamapy import ops
-from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.layers.attention import Step
 from ollamapy.layers.block import DecoderBlock
 from ollamapy.layers.embedding import Embedding
@@ -63,19 +64,18 @@ class Decoder(Module):
         self.output = Linear(config.embedding_length, rows, bias="output.bias" in shapes, tied_to=tied_to)
         self.embedding_scale = math.sqrt(config.embedding_length) if self.traits.scale_embedding else 1.0
         self._rotary: dict[Rope, RotaryTable] = {}
+        self._stack: Any | None = None
 
-    @property
-    def layer_states(self) -> list[LayerState]:
-        """What each layer keeps per token."""
-        specs = [block.spec.attention for block in self.blk]
-        return [LayerState(spec.num_kv_heads, spec.key_length, spec.value_length, spec.window) for spec in specs]
+    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
+        """What each layer keeps per token, paged."""
+        return [ops.new_cache(block.state, num_blocks, block_size, dtype, device) for block in self.blk]
 
     def attention_scale(self, key_length: int) -> float:
         """Of q k^T, where the file does not give it."""
         return 1.0 / math.sqrt(key_length)
 
     def prepare(self, device: torch.device) -> None:
-        """Once after the tensors are there: the rotary tables, one for all layers that turn alike."""
+        """Once after the tensors are there: the rotary tables, one for all layers that turn alike, and the fused layers."""
         for block in self.blk:
             rope = block.spec.attention.rope
             if rope not in self._rotary:
@@ -84,17 +84,24 @@ class Decoder(Module):
                 scaling = replace(rope.scaling, type="longrope") if long else rope.scaling
                 size = magnitude(scaling, self.config.context_length)
                 self._rotary[rope] = RotaryTable(inverse, size, self.traits.interleaved_rope, device)
+        ropes = list(self._rotary)
+        self._stack = ops.stack([block.fused(ropes.index(block.spec.attention.rope)) for block in self.blk])
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
         """Writes the batch's keys and values to the caches; the hidden states after the final norm of the rows
         `batch.logit_rows`, (num_logits, E) float32."""
-        step = self._step(batch, caches)
         x = self.token_embd(ops.pad_rows(batch.token_ids))
         if self.embedding_scale != 1.0:
             x.mul_(self.embedding_scale)
-        for block, cache in zip(self.blk, caches, strict=True):
-            x = block(x, step, cache)
+        if self._stack is not None:
+            length = max(batch.context_lens, default=1)
+            ropes = [table.turns(length) for table in self._rotary.values()]
+            self._stack(x, batch, caches, ropes, self._temperature(batch.positions))
+        else:
+            step = self._step(batch, caches)
+            for block, cache in zip(self.blk, caches, strict=True):
+                x = block(x, step, cache)
         return self.output_norm(x[batch.logit_rows])
 
     __call__ = forward
@@ -109,11 +116,16 @@ class Decoder(Module):
         positions = ops.pad_rows(batch.positions)
         length = max(batch.context_lens, default=1)
         rotary = {rope: table.rows(positions, length) for rope, table in self._rotary.items()}
-        temperature = None
-        if self.config.temperature_scale:
-            steps = torch.floor(positions / self.config.temperature_length).add_(1.0).log_()
-            temperature = steps.mul_(self.config.temperature_scale).add_(1.0).view(-1, 1, 1)
-        return Step(ops.plan_attention(batch, caches[0].key.shape[1]), batch.slot_mapping, rotary, temperature)
+        temperature = self._temperature(positions)
+        rows = None if temperature is None else temperature.view(-1, 1, 1)
+        return Step(ops.plan_attention(batch, caches[0]), batch.slot_mapping, rotary, rows)
+
+    def _temperature(self, positions: Tensor) -> Tensor | None:
+        """(n,): what queries are multiplied with by their position, for models that do so."""
+        if not self.config.temperature_scale:
+            return None
+        steps = torch.floor(positions / self.config.temperature_length).add_(1.0).log_()
+        return steps.mul_(self.config.temperature_scale).add_(1.0)
 
     def _rope_factors(self, name: str, shapes: Shapes) -> RopeFactors | None:
         """A layer for a tensor that divides rope's frequencies, where the file has it."""

@@ -42,7 +42,7 @@ def load_model(
     """
     config = ModelConfig.from_gguf(file.metadata)
     _, tensors = normalise(file.metadata, file.tensors)
-    ops.choose(device, kernels)
+    ops.choose(device, kernels, tuple({*config.key_length, *config.value_length}))
     skipped = {name for name in tensors if name.startswith(OTHER_MODALITIES)}
     if skipped:
         log.info("leaving out %d vision and audio tensors: only text is supported", len(skipped))
@@ -107,8 +107,8 @@ def measure(model: Decoder) -> int:
     def add(value: object) -> None:
         if isinstance(value, ops.Weight):
             value = value.data
-        if isinstance(value, QuantTensor):
-            value = value.data
+        if not isinstance(value, Tensor):
+            value = getattr(value, "data", None)  # of a QuantTensor, or of what a kernel has packed
         if isinstance(value, Tensor):
             sizes[value.data_ptr()] = max(sizes.get(value.data_ptr(), 0), value.numel() * value.element_size())
 

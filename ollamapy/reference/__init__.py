@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ollamapy.engine.batch import KVCache
+from ollamapy.engine.batch import KVCache, LayerState
 from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 
@@ -99,6 +99,15 @@ def gated_activation(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap), in place."""
     return x.div_(cap).tanh_().mul_(cap)
+
+
+def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """key (num_blocks, block_size, Hkv, D), value (num_blocks, block_size, Hkv, Dv). Zeros: stale memory must hold no NaN."""
+    slots = (num_blocks, block_size, state.num_kv_heads)
+    return KVCache(
+        key=torch.zeros(*slots, state.key_length, dtype=dtype, device=device),
+        value=torch.zeros(*slots, state.value_length, dtype=dtype, device=device),
+    )
 
 
 def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:

@@ -213,3 +213,8 @@ def _add_tiles(parts: Tensor) -> Tensor:
     for tile in range(1, parts.shape[0]):
         total += parts[tile]
     return total
+
+
+def plan(batch: Batch, cache: KVCache) -> AttentionPlan:
+    """The plan of a batch over caches of one block size."""
+    return AttentionPlan(batch, cache.key.shape[1])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ollamapy import reference
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.protocol import Embedding, Finish, Output, Plan, SamplingParams, Step, TokenLogprob
@@ -45,9 +46,9 @@ class FakeModel:
         self.tables = rng.normal(size=(2, 1024, VOCAB)).astype(np.float32) * 2
         self.tables[:, :, RAISES : BREAKS_LOGITS + 1] = -100.0  # never generated
 
-    @property
-    def layer_states(self) -> list[LayerState]:
-        return [LayerState(1, 2, 1), LayerState(2, 1, 1, window=4)]
+    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
+        states = [LayerState(1, 2, 1), LayerState(2, 1, 1, window=4)]
+        return [reference.new_cache(state, num_blocks, block_size, dtype, device) for state in states]
 
     def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
         self.num_forwards += 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.engine.batch import Batch
 from ollamapy.models.decoder import Decoder
 
 
@@ -46,13 +46,10 @@ class Paged:
         random.Random(seed).shuffle(self.free)
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
-        self.caches = [
-            KVCache(
-                torch.full((num_blocks, block_size, state.num_kv_heads, state.key_length), torch.nan, dtype=dtype),
-                torch.full((num_blocks, block_size, state.num_kv_heads, state.value_length), torch.nan, dtype=dtype),
-            )
-            for state in model.layer_states
-        ]
+        self.caches = model.new_caches(num_blocks, block_size, dtype, torch.device("cpu"))
+        for cache in self.caches:  # what was not written must not be read
+            cache.key.fill_(torch.nan)
+            cache.value.fill_(torch.nan)
 
     def run(self, fed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         for name, ids in fed.items():

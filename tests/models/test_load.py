@@ -153,10 +153,10 @@ def test_float32_weights_are_not_copied(llama: File, tmp_path: Path) -> None:
     assert any(start <= address < end for start, end in spans)
 
 
-def test_layer_states_say_what_the_cache_needs(tmp_path: Path) -> None:
+def test_states_say_what_the_cache_needs(tmp_path: Path) -> None:
     tiny = Tiny("Gemma2ForCausalLM", {"sliding_window": 16, "query_pre_attn_scalar": 32})
     model = load(make(tiny, tmp_path), tmp_path)
-    assert [(s.num_kv_heads, s.key_length, s.value_length, s.window) for s in model.layer_states] == [
+    assert [(s.num_kv_heads, s.key_length, s.value_length, s.window) for s in [block.state for block in model.blk]] == [
         (2, 32, 32, 16),
         (2, 32, 32, 0),
         (2, 32, 32, 16),

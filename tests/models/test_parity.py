@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ollamapy.models.decoder import Decoder
 from tests.models.paged import Paged
-from tests.models.tiny import Tiny, pair
+from tests.models.tiny import Tiny, load_tiny, write_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,11 +94,23 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name: str, tmp_path: Path) -> None:
-    reference, model = pair(CASES[name], tmp_path)
+    """Plain torch, and the C++ kernels: float32 weights take no part of what these lose on quantized ones."""
+    reference, path = write_tiny(CASES[name], tmp_path)
     long, short = _ids(LONG, 1), _ids(SHORT, 2)
-    expected, expected_short = _reference(reference, long), _reference(reference, short)
-    errors = {}
+    expected = _reference(reference, long), _reference(reference, short)
+    for kernels, block_size in (("reference", 8), ("csrc", 16)):
+        model = load_tiny(CASES[name], path, kernels)
+        errors = _errors(model, block_size, long, short, expected)
+        print(f"parity {name} {kernels}: " + ", ".join(f"{way} {error:.1e}" for way, error in errors.items()))
+        assert max(errors.values()) <= LIMIT, (kernels, errors)
 
+
+def _errors(
+    model: Decoder, block_size: int, long: list[int], short: list[int], expected_both: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Of each way to feed the same tokens."""
+    expected, expected_short = expected_both
+    errors = {}
     errors["prefill"] = _error(Paged(model).logits({"a": long})["a"], expected)
 
     paged = Paged(model)
@@ -108,7 +121,7 @@ def test_parity(name: str, tmp_path: Path) -> None:
     both = Paged(model).logits({"b": short, "a": long})
     errors["batch"] = max(_error(both["a"], expected), _error(both["b"], expected_short))
 
-    paged = Paged(model, block_size=8)
+    paged = Paged(model, block_size=block_size)
     parts: dict[str, list[Tensor]] = {"a": [], "b": []}
     for fed in ({"a": long[:7]}, {"a": long[7:30], "b": short[:1]}, {"b": short[1:32], "a": long[30:31]}):
         for key, logits in paged.logits(fed).items():
@@ -116,6 +129,4 @@ def test_parity(name: str, tmp_path: Path) -> None:
     for key, logits in paged.logits({"a": long[31:], "b": short[32:]}).items():
         parts[key].append(logits)
     errors["chunks"] = max(_error(torch.cat(parts["a"]), expected), _error(torch.cat(parts["b"]), expected_short))
-
-    print(f"parity {name}: " + ", ".join(f"{way} {error:.1e}" for way, error in errors.items()))
-    assert max(errors.values()) <= LIMIT, errors
+    return errors

@@ -84,10 +84,14 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def pair(tiny: Tiny, folder: Path) -> tuple[Any, Decoder]:
-    """The transformers model and ours, with equal weights."""
+def write_tiny(tiny: Tiny, folder: Path) -> tuple[Any, Path]:
+    """The transformers model, and the GGUF file of its weights."""
     reference = reference_model(tiny)
     metadata, tensors = converted(tiny, reference, folder)
     write_tensors(folder / "tiny.gguf", metadata, tensors)
-    with GGUFFile.open(folder / "tiny.gguf") as file:
-        return reference, load_model(file, torch.device("cpu"), context_length=tiny.context_length)
+    return reference, folder / "tiny.gguf"
+
+
+def load_tiny(tiny: Tiny, path: Path, kernels: str) -> Decoder:
+    with GGUFFile.open(path) as file:
+        return load_model(file, torch.device("cpu"), context_length=tiny.context_length, kernels=kernels)

@@ -81,7 +81,7 @@ def naive(s: Sequences, i: int, **options: Any) -> Tensor:
 
 def run(s: Sequences, chosen: list[int], query_lens: list[int], context_lens: list[int], **options: Any) -> list[Tensor]:
     q, batch = s.batch(chosen, query_lens, context_lens)
-    out = ops.attention(ops.pad_rows(q), s.cache, ops.plan_attention(batch, s.block_size), **options)
+    out = ops.attention(ops.pad_rows(q), s.cache, ops.plan_attention(batch, s.cache), **options)
     assert not out[batch.num_tokens :].any()
     return list(out[: batch.num_tokens].split(query_lens))
 

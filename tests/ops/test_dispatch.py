@@ -58,17 +58,20 @@ def test_a_kernel_may_serve_some_types_only(monkeypatch: pytest.MonkeyPatch) -> 
     def needs(place: ops.Place) -> str:
         return "" if place.type is GGMLType.Q8_0 else "not this type"
 
-    _add(monkeypatch, Kernel("linear", "csrc", lambda x, w, bias: w, needs, lambda weight, device: "packed"))
+    _add(monkeypatch, Kernel("linear", "triton", lambda x, w, bias: w, needs, lambda weight, device: "packed"))
     ops.choose(CPU)
     q8 = ops.prepare(QuantTensor(torch.zeros(2, 34, dtype=torch.uint8), GGMLType.Q8_0, (2, 32)), CPU, "linear")
     dense = ops.prepare(float32(torch.ones(2, 32)), CPU, "linear")
     assert isinstance(q8, ops.Weight) and isinstance(dense, ops.Weight)
-    assert (q8.data, q8.shape, q8.kernel.family, dense.kernel.family) == ("packed", (2, 32), "csrc", "reference")
-    assert ops.chosen()["linear"] == "csrc, reference"
+    assert (q8.data, q8.shape, q8.kernel.family, dense.kernel.family) == ("packed", (2, 32), "triton", "csrc")
+    assert ops.chosen()["linear"] == "triton, csrc"
 
 
 def test_a_type_without_any_kernel_is_an_error_with_the_reasons() -> None:
-    with pytest.raises(UnsupportedModel, match=r"no kernel for linear on cpu \(reference: no decoder for I32\)"):
+    with pytest.raises(
+        UnsupportedModel, match=r"no kernel for linear on cpu \(csrc: no decoder for I32; reference: no decoder for I32\)"
+    ):
+        ops.choose(CPU)
         ops.prepare(QuantTensor(torch.zeros(2, 16, dtype=torch.uint8), GGMLType.I32, (2, 4)), CPU, "linear")
 
 

@@ -1,0 +1,212 @@
+"""The C++ kernels for the CPU as `ops` wants them: its arguments to those of `torch.ops.ollamapy` (csrc/ops.cpp).
+
+Weights are packed once at load into tiles of 16 rows that hold the file's bits, permuted; activations become int8 per 32 with
+float32 scales, dots of a group are exact integers, and floats are added over groups in one order at every batch size. Weight
+types without a kernel of their own are decoded to float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ollamapy import extension
+from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.errors import UnsupportedModel
+from ollamapy.gguf.types import GGMLType
+from ollamapy.quant.tensor import QuantTensor
+from ollamapy.reference import Activation, Routing, gated_activation, route
+
+BLOCK_TOKENS = 16  # tokens of a KV block: the lanes of a score
+MAX_HEAD = 256
+PACKED = frozenset(
+    GGMLType[name]
+    for name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()  # noqa: SIM905
+)
+"""Types that a matmul kernel reads."""
+
+_ABSENT = torch.empty(0)
+_NO_TILES = torch.empty(0, dtype=torch.uint8)
+
+
+def kernels() -> Any:
+    """`torch.ops.ollamapy`. Only for ops whose `needs` has seen that the extension is there."""
+    return extension.load()
+
+
+def set_threads(count: int) -> None:
+    """Of the kernels; torch's own operators keep to one thread beside them, or two teams would fight for the cores."""
+    kernels().set_threads(count)
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A weight (rows, columns), or one of each expert, in tiles: data (T, bytes) or (X, T, bytes) uint8."""
+
+    data: Tensor
+    type: GGMLType
+    rows: int
+    columns: int
+
+    def expert(self, index: int) -> Packed:
+        return Packed(self.data[index], self.type, self.rows, self.columns)
+
+
+def prepare_linear(weight: QuantTensor, device: torch.device) -> Packed:
+    if weight.type not in PACKED:
+        halves = weight.dequantize().to(torch.float16)
+        weight = QuantTensor(halves.view(torch.uint8), GGMLType.F16, weight.shape)
+    rows, columns = weight.shape[-2:]
+    parts = weight.data.reshape(-1, rows, weight.data.shape[-1])
+    tiles = [kernels().pack_weight(part.contiguous(), int(weight.type), columns) for part in parts]
+    return Packed(tiles[0] if len(weight.shape) == 2 else torch.stack(tiles), weight.type, rows, columns)
+
+
+def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """(n, K) x (N, K) + (N) -> (n, N)."""
+    out: Tensor = kernels().linear(x.contiguous(), weight.data, int(weight.type), weight.rows, bias)
+    return out
+
+
+def moe(x: Tensor, logits: Tensor, experts: tuple[Packed, Packed, Packed], routing: Routing, kind: Activation) -> Tensor:
+    """See `reference.moe`: each expert's rows go through its three matrices together."""
+    gate, up, down = experts
+    ids, weights = route(logits, routing)
+    parts = x.new_empty(*ids.shape, x.shape[-1])  # each expert's answer in its own place: the sum has one order
+    for expert in sorted(set(ids.flatten().tolist())):
+        token, place = (ids == expert).nonzero(as_tuple=True)
+        rows = x[token]
+        inner = gated_activation(linear(rows, gate.expert(expert)), linear(rows, up.expert(expert)), kind)
+        parts[token, place] = linear(inner, down.expert(expert))
+    parts.mul_(weights.unsqueeze(-1))
+    total = parts[:, 0].clone()
+    for place in range(1, routing.used):
+        total += parts[:, place]
+    return total
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """The kernels take any number of rows."""
+    return x
+
+
+def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """key (num_blocks, Hkv, D, 16), value (num_blocks, Hkv, 16, Dv). Zeros: stale memory must hold no NaN."""
+    if block_size != BLOCK_TOKENS:
+        raise UnsupportedModel(f"the CPU kernels have KV blocks of {BLOCK_TOKENS} tokens, not {block_size}")
+    return KVCache(
+        key=_zeros((num_blocks, state.num_kv_heads, state.key_length, BLOCK_TOKENS), dtype),
+        value=_zeros((num_blocks, state.num_kv_heads, BLOCK_TOKENS, state.value_length), dtype),
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that the system hands out as it is touched: torch.zeros would write the whole pool at load (0.3 s for 755 MB)."""
+    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), dtype=np.uint8)).view(dtype).squeeze(-1)
+
+
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+    kernels().write_kv(k.contiguous(), v.contiguous(), cache.key, cache.value, slot_mapping)
+
+
+def plan_attention(batch: Batch, cache: KVCache) -> Batch:
+    """The batch says it all."""
+    return batch
+
+
+def attention(
+    q: Tensor,
+    cache: KVCache,
+    plan: Batch,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """(n, H, D) -> (n, H * Dv)."""
+    out: Tensor = kernels().attention(
+        *(q.flatten(1).contiguous(), cache.key, cache.value),
+        *(plan.block_table, plan.query_start, plan.seq_lens),
+        *(q.shape[1], scale, cap, window, causal, sinks),
+    )
+    return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLayer:
+    """A pre-norm decoder layer with gated feed-forward, as `Stack` takes it.
+
+    weights and biases: q (alone: the rows of q, k and v), k, v, o, gate (alone: the rows of gate and up), up, down.
+    vectors: attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm, k_norm, sinks; what a model does not have is left out.
+    """
+
+    weights: Mapping[str, Packed]
+    biases: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor]
+    num_heads: int
+    state: LayerState
+    scale: float
+    softcap: float
+    causal: bool
+    rope_index: int  # into the tables that Stack is called with
+    rope_dims: int
+    rope_interleaved: bool
+    activation: Activation
+    temper: bool
+    eps: float
+
+
+_PARTS = ("q", "k", "v", "o", "gate", "up", "down")
+_VECTORS = ("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm", "q_norm", "k_norm", "sinks")
+
+
+class Stack:
+    """Decoder layers that one call runs through: no Python between them."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._library = kernels()
+        self._layers = [self._add(layer) for layer in layers]
+
+    def _add(self, layer: DecoderLayer) -> int:
+        weights = [layer.weights.get(part) for part in _PARTS]
+        state = layer.state
+        facts = [
+            *(layer.num_heads, state.num_kv_heads, state.key_length, state.value_length, state.window, int(layer.causal)),
+            *(layer.rope_dims, 2 if layer.rope_interleaved else 1, layer.rope_index),
+            *(int(layer.activation == "gelu_tanh"), int(layer.temper)),
+        ]
+        handle: int = self._library.layer_new(
+            [weight.data if weight else _NO_TILES for weight in weights],
+            [int(weight.type) if weight else 0 for weight in weights],
+            [weight.rows if weight else 0 for weight in weights],
+            [weight.columns if weight else 0 for weight in weights],
+            [layer.biases.get(part, _ABSENT) for part in _PARTS],
+            [layer.vectors.get(vector, _ABSENT) for vector in _VECTORS],
+            facts,
+            *(layer.scale, layer.softcap, layer.eps),
+        )
+        return handle
+
+    def __call__(
+        self, x: Tensor, batch: Batch, caches: Sequence[KVCache], ropes: Sequence[Tensor], temperature: Tensor | None
+    ) -> Tensor:
+        """x (n, E) float32 through all layers, in place. ropes: (positions, n_rot), cosines then sines of each pair."""
+        self._library.decoder(
+            *(self._layers, x, batch.positions, batch.slot_mapping),
+            *(batch.block_table, batch.query_start, batch.seq_lens),
+            *([cache.key for cache in caches], [cache.value for cache in caches]),
+            *(ropes, temperature),
+        )
+        return x
+
+    def __del__(self) -> None:
+        for layer in self._layers:
+            self._library.layer_free(layer)
