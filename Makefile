@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/
 .PHONY: run test test-slow lint bench clean
 
 run: $(VENV)/.installed
-	@$(BIN)/ollamapy quickstart $(if $(PROMPT),"$(PROMPT)")
+	@$(BIN)/ollamapy quickstart $(if $(PROMPT),-- "$$PROMPT")
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

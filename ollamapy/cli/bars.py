@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -9,6 +10,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, Text
 from rich.text import Text
 
 from ollamapy.cli.text import human_bytes, human_duration
+
+_DIGEST = re.compile(r"(sha256:[0-9a-f]{12})[0-9a-f]+")  # the whole of it would leave no room for a bar
 
 
 class _Bar(BarColumn):
@@ -55,7 +58,7 @@ class Bars:
     def step(self, text: str, done: int = 0, total: int = 0) -> None:
         if text != self._text or self._task is None:
             self._finish()
-            self._text, self._task = text, self._progress.add_task(text, total=total or None)
+            self._text, self._task = text, self._progress.add_task(_DIGEST.sub(r"\1", text), total=total or None)
         if total:
             self._progress.update(self._task, completed=done, total=total)
 

@@ -125,26 +125,25 @@ def show(words: tuple[str, ...], verbose: bool, **parts: bool) -> None:
 @click.option("--truncate", default=None, type=bool, metavar="[=BOOL]", help="Cut input that is too long (embedding models)")
 @click.option("--dimensions", default=0, metavar="N", help="Cut embeddings to this size (embedding models)")
 def run(words: tuple[str, ...], **flags: Any) -> None:
-    """Run a model"""
-    _run(words[0], words[1:], **flags)
+    """Run a model
 
-
-def _run(model: str, words: tuple[str, ...], **flags: Any) -> None:
+    What is piped in stands before the prompt. Without either, a conversation begins.
+    """
     from ollamapy.cli import run
     from ollamapy.cli.session import Session, parse_think
 
     session = Session(
-        model,
+        words[0],
         keep_alive=run.parse_keep_alive(flags["keepalive"]),
         format=run.parse_format(flags["format"]),
         think=None if flags["think"] is None else parse_think(flags["think"]),
-        word_wrap=not flags["nowordwrap"],
+        word_wrap=not flags["nowordwrap"] and run.on_terminal(),
         verbose=flags["verbose"],
         hide_thinking=flags["hidethinking"],
     )
-    settings = env.load()
+    settings, embed = env.load(), run.EmbedFlags(flags["truncate"], flags["dimensions"])
     with connect(settings) as client:
-        run.run(client, settings, session, words, run.EmbedFlags(flags["truncate"], flags["dimensions"]))
+        run.run(client, settings, session, [*run.piped_input(), *words[1:]], embed)
 
 
 @cli.command()
@@ -209,13 +208,14 @@ class _QuickStart(RunCommand):
 @click.option("--verbose", is_flag=True, help="Show timings for response")
 def quickstart(words: tuple[str, ...], verbose: bool) -> None:
     """Start the server and a small model, and run it"""
+    from ollamapy.cli import run
     from ollamapy.cli.quickstart import MODEL, prepare
+    from ollamapy.cli.session import Session
 
     settings = env.load()
     with connect(settings) as client:
         prepare(client, settings)
-    defaults = {parameter.name: parameter.default for parameter in run.params if isinstance(parameter, click.Option)}
-    _run(MODEL, words, **{**defaults, "verbose": verbose})
+        run.run(client, settings, Session(MODEL, verbose=verbose), words, run.EmbedFlags())
 
 
 @cli.command("help")

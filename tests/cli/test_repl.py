@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -258,4 +259,5 @@ def test_other_commands_on_a_terminal(daemon: Daemon, tmp_path: Path, speaker_gg
         assert terminal.ended() == 0
     if args[0] == "create":
         assert b"\x1b[" in terminal.raw and "100%" in terminal.text
+        assert re.search(r"using existing layer sha256:[0-9a-f]{12}\s", terminal.text), "a whole digest leaves no room for bars"
         daemon.ok("rm", "bars")
