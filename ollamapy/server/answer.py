@@ -17,6 +17,7 @@ from ollamapy.api.types import Logprob, TokenLogprob
 from ollamapy.chat.format import ChatEvent, Parser
 from ollamapy.engine import protocol
 from ollamapy.engine.protocol import Finish, Output, SamplingParams
+from ollamapy.errors import OptionError
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.server.stops import StopFilter
 from ollamapy.tokenizer import StreamDecoder, Tokenizer
@@ -46,7 +47,12 @@ class Piece(NamedTuple):
 
 
 def sampling(options: Options, tokenizer: Tokenizer, stops: Iterable[str], num_ctx: int) -> SamplingParams:
-    """Engine parameters of `options`; stop strings that are one control token become stop ids, as they have no text."""
+    """Engine parameters of `options`; stop strings that are one control token become stop ids, as they have no text.
+
+    Raises OptionError.
+    """
+    if options.repeat_penalty <= 0:
+        raise OptionError('option "repeat_penalty" must be greater than 0')
     ids = set(tokenizer.eog_ids)
     for stop in stops:
         encoded = tokenizer.encode(stop) if stop else []

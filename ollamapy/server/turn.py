@@ -80,6 +80,8 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         if turn.empty:
             yield _said(done_reason="load")
             return
+        if options.num_ctx > loaded.context_length:
+            warnings.append(f"num_ctx: {options.num_ctx} is more than this model has here: {loaded.context_length} is used")
         chat = services.format(loaded, turn.template)
         room = _room(options, request, loaded)
         prompt = await _in_thread_if(turn.size > _INLINE_CHARS, turn.prompt, model, chat, think, loaded.tokenizer, room)

@@ -88,6 +88,7 @@ def test_kill_minus_nine_of_the_engine_under_eight_streams(daemon: Daemon) -> No
     for thread in threads[:8]:
         thread.join(30)
     seen = time.monotonic() - killed
+    time.sleep(0.5)  # what comes after the death is watched, too
     over.set()
     threads[8].join()
     assert len(ends) == 8 and all(end.startswith("model runner has unexpectedly stopped") for end in ends)
