@@ -72,4 +72,3 @@ class ModelRunner:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, E) -> (n, V) float32."""
         return self.model.logits(hidden)
-
