@@ -36,7 +36,8 @@ class BuildExtension(build_ext):
         try:
             cxx = builder.find_compiler(os.environ.get("CXX", ""))
             jobs = int(os.environ.get("MAX_JOBS", "0"))
-            builder.build(target, Path(self.build_temp).resolve(), ROOT / "csrc", torch, cxx, jobs)
+            commands = builder.compile_commands(ROOT / "csrc", torch, cxx, tuple(builder.isas()))
+            builder.build(target, Path(self.build_temp).resolve(), commands, torch, jobs)
         except builder.BuildError as problem:
             print(f"ollamapy: the C++ kernels could not be built, it will be tried again on first use: {problem}")
 

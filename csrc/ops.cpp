@@ -8,7 +8,7 @@ extern "C" __attribute__((used, visibility("default"))) const char ollamapy_sour
 STABLE_TORCH_LIBRARY(ollamapy, m) {
   // The CPU instruction set whose kernels are in force: "base", "avx2", ... A non-empty `force` switches to that one first.
   m.def("cpu_isa(str force) -> str");
-  // The instruction sets that this CPU can run, best first, separated by blanks.
+  // The instruction sets of this library that the CPU can run, best first, separated by blanks.
   m.def("cpu_isas() -> str");
   // (weights, bytes) of one block of a GGUF tensor type; (0, 0) for types that the kernels do not know.
   m.def("block_layout(int type) -> (int, int)");

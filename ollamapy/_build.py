@@ -1,4 +1,5 @@
-"""Compiles csrc/ into one library, `_C.abi3.so`: ahead of time by setup.py, else on first use by `extension`.
+"""Compiles csrc/ into one library, `_C.abi3.so`: ahead of time by setup.py for every instruction set of the architecture,
+else on first use by `extension` for the CPU at hand.
 
 Needs a C++20 compiler and the folder of an installed torch; imports neither torch nor setuptools, nor anything of ours
 (setup.py loads this file before the package exists). The library is no Python module: it is loaded as a torch library.
@@ -11,10 +12,13 @@ import hashlib
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARY = "_C.abi3.so"
@@ -27,19 +31,30 @@ COMMON = (
 )
 LINK = ("-shared", "-s", "-pthread", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed")
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
-_AVX512 = (
-    *_AVX2,
-    *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")),
-    "-mprefer-vector-width=512",
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """`flags` for the compiler, `features` that /proc/cpuinfo must list. `kernels_of`: its table points at another set's."""
+
+    flags: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    kernels_of: str = ""
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi")
+_AVX2 = InstructionSet(("-mavx2", "-mfma", "-mf16c", "-mbmi2"), ("avx2", "fma", "f16c", "bmi2"))
+_VNNI = InstructionSet(
+    (*_AVX2.flags, *(f"-m{part}" for part in _AVX512), "-mavx512vnni", "-mprefer-vector-width=512"),
+    (*_AVX2.features, *_AVX512, "avx512_vnni"),
 )
-X86_ISAS: dict[str, tuple[str, ...]] = {
-    "base": (),
+X86_ISAS = {  # best first, as csrc/cpu/select.cpp wants them
+    # No kernel gains from bfloat16 dots yet: activations are int8 or float32.
+    "avx512bf16": InstructionSet((*_VNNI.flags, "-mavx512bf16"), (*_VNNI.features, "avx512_bf16"), kernels_of="avx512vnni"),
+    "avx512vnni": _VNNI,
     "avx2": _AVX2,
-    "avx512vnni": _AVX512,
-    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+    "base": InstructionSet(("-O2",)),  # for CPUs before 2013, and for tests: compiles in half the time
 }
-"""Instruction set -> flags for csrc/cpu/isa/, whose files are compiled once per set; csrc/cpu/select.cpp chooses at load."""
+"""What csrc/cpu/isa/ is compiled for, once per set."""
 
 _MARKER = b"ollamapy-sources:"
 
@@ -48,9 +63,21 @@ class BuildError(Exception):
     """The library cannot be built here; the text says why."""
 
 
-def isas() -> dict[str, tuple[str, ...]]:
-    """The instruction sets of this machine's architecture."""
-    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"base": ()}
+def isas() -> dict[str, InstructionSet]:
+    """The instruction sets of this machine's architecture, best first."""
+    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"base": InstructionSet()}
+
+
+def isas_for_here(wanted: str = "") -> tuple[str, ...]:
+    """What a build for this CPU alone holds: `wanted` if it can run here, else the best, and what that leans on."""
+    try:
+        listed = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        listed = None
+    here = set(listed[1].split()) if listed else set()
+    possible = [name for name, isa in isas().items() if here.issuperset(isa.features)]
+    chosen = wanted if wanted in possible else possible[0]
+    return tuple(name for name in (chosen, isas()[chosen].kernels_of) if name)
 
 
 def find_sources(package: Path) -> Path:
@@ -98,30 +125,39 @@ def built_from(library: Path) -> str:
         return "" if at < 0 else content[at + len(_MARKER) : at + len(_MARKER) + 16].decode("ascii", "replace")
 
 
-def compile_commands(sources: Path, torch: Path, cxx: str) -> dict[str, list[str]]:
+def compile_commands(sources: Path, torch: Path, cxx: str, chosen: tuple[str, ...]) -> dict[str, list[str]]:
     """Object name -> compiler command, without the output: everything once, csrc/cpu/isa/ once per instruction set."""
     commands = {}
-    include = ["-isystem", str(torch / "include"), f'-DOLLAMAPY_SOURCES="{source_hash(sources)}"']
+    once = [
+        *("-isystem", str(torch / "include"), f'-DOLLAMAPY_SOURCES="{source_hash(sources)}"'),
+        f"-DOLLAMAPY_ISAS(X)={' '.join(f'X({isa})' for isa in chosen)}",
+    ]
     per_isa = sources / "cpu" / "isa"
     for path in sorted(sources.rglob("*.cpp")):
         name = path.relative_to(sources).as_posix().replace("/", "_").removesuffix(".cpp")
         if path.parent != per_isa:
-            commands[f"{name}.o"] = [cxx, *COMMON, *include, "-c", str(path)]
+            commands[f"{name}.o"] = [cxx, *COMMON, *once, "-c", str(path)]
             continue
-        for isa, flags in isas().items():
-            commands[f"{name}.{isa}.o"] = [cxx, *COMMON, *flags, f"-DOLLAMAPY_ISA={isa}", "-c", str(path)]
+        for isa in chosen:
+            facts = isas()[isa]
+            names = [f"-DOLLAMAPY_ISA={facts.kernels_of or isa}", f"-DOLLAMAPY_TABLE={isa}"]
+            if not facts.kernels_of or path.stem == "table":
+                commands[f"{name}.{isa}.o"] = [cxx, *COMMON, "-fno-exceptions", *facts.flags, *names, "-c", str(path)]
     return commands
 
 
-def build(target: Path, folder: Path, sources: Path, torch: Path, cxx: str, jobs: int = 0) -> None:
-    """Compiles and links into `target`, which appears whole or not at all; objects go to `folder`. Raises BuildError."""
+def build(target: Path, folder: Path, commands: Mapping[str, Sequence[str]], torch: Path, jobs: int = 0) -> None:
+    """Runs `compile_commands` and links into `target`, which appears whole or not at all; objects go to `folder`.
+
+    Raises BuildError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    commands = compile_commands(sources, torch, cxx)
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         list(pool.map(lambda name: _run([*commands[name], "-o", str(folder / name)]), commands))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     objects = [str(folder / name) for name in commands]
+    cxx = next(iter(commands.values()))[0]
     _run([cxx, *objects, f"-L{torch / 'lib'}", *LINK, "-o", str(partial)])
     os.replace(partial, target)
 
@@ -135,13 +171,14 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def cached(cache: Path, sources: Path, torch: Path, cxx: str) -> Path:
-    """The library for these sources in `cache`/<hash>/, built now (about 5 s) when it is not there.
+def cached(cache: Path, sources: Path, torch: Path, cxx: str, isa: str = "") -> Path:
+    """The library of these sources for this CPU in `cache`, built now (10 to 20 s on two cores) when it is not there.
 
     A file lock keeps processes from building it twice. A failure is remembered for as long as the compiler stays the same:
     every start of an engine would otherwise pay for it again.
     """
-    folder = cache / source_hash(sources)
+    chosen = isas_for_here(isa)
+    folder = cache / f"{source_hash(sources)}-{chosen[0]}"
     library, failure = folder / LIBRARY, folder / "failed"
     if library.exists():
         return library
@@ -155,7 +192,7 @@ def cached(cache: Path, sources: Path, torch: Path, cxx: str) -> Path:
         if failure.exists() and failure.read_text().startswith(identity):
             raise BuildError(f"the compiler failed before; see {failure}, remove it to try again")
         try:
-            build(library, folder / "objects", sources, torch, compiler)
+            build(library, folder / "objects", compile_commands(sources, torch, compiler, chosen), torch)
         except BuildError as problem:
             failure.write_text(identity + str(problem))
             raise

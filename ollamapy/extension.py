@@ -31,18 +31,18 @@ class Extension:
         try:
             library, how = find_library(Path(__file__).resolve().parent, settings)
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-        except (_build.BuildError, OSError) as problem:
+            self.isa = self._choose_isa(settings.cpu_isa)
+        except (_build.BuildError, OSError, RuntimeError) as problem:
             reason = str(problem)
             self.status = f"unavailable: {reason.splitlines()[0]}"
             log.warning("the C++ kernels are unavailable, slower ones are used: %s", reason)
             return
         self.ops, self.status = torch.ops.ollamapy, how
-        self.isa = self._choose_isa(settings.cpu_isa)
 
     def _choose_isa(self, wanted: str) -> str:
         possible = torch.ops.ollamapy.cpu_isas().split()
         if wanted and wanted not in possible:
-            log.warning("ignoring OLLAMAPY_CPU_ISA=%s: this CPU can run %s", wanted, ", ".join(possible))
+            log.warning("ignoring OLLAMAPY_CPU_ISA=%s: the kernels at hand can run on %s", wanted, ", ".join(possible))
             wanted = ""
         return str(torch.ops.ollamapy.cpu_isa(wanted))
 
@@ -54,7 +54,7 @@ def find_library(package: Path, settings: env.Settings) -> tuple[Path, str]:
     if prebuilt.exists() and _build.built_from(prebuilt) == _build.source_hash(sources):
         return prebuilt, "prebuilt"
     cache = (settings.cache_home if settings.cache_home.parts else settings.home / ".cache") / "ollamapy"
-    return _build.cached(cache, sources, Path(torch.__file__).parent, settings.cxx), "built on first use"
+    return _build.cached(cache, sources, Path(torch.__file__).parent, settings.cxx, settings.cpu_isa), "built on first use"
 
 
 _extension = Extension()

@@ -20,7 +20,7 @@ struct Weight {
   const uint8_t* tiles = nullptr;
   int64_t n = 0, k = 0;
   const float* bias = nullptr;  // (n,) or null
-  int64_t tile_count() const { return (n + 15) / 16; }
+  __attribute__((always_inline)) int64_t tile_count() const { return (n + 15) / 16; }  // a copy of its own would be weak: see isa/
 };
 
 // Paged KV cache, blocks of 16 tokens: key (block, kv head, key_length, 16 tokens), value (block, kv head, 16 tokens,

@@ -33,13 +33,6 @@ struct Kernels {
   void (*write_cache)(const AttentionShape& a, const Cache& cache, const int64_t* slots, const float* k, const float* v, int64_t begin, int64_t end);
 };
 
-namespace base { extern const Kernels kernels; }
-#if defined(__x86_64__)
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512vnni { extern const Kernels kernels; }
-namespace avx512bf16 { extern const Kernels kernels; }
-#endif
-
 const Kernels& kernels();  // of the instruction set in force: the best that the CPU has, unless `cpu_isa` forced another
 
 }  // namespace ollamapy

@@ -7,7 +7,16 @@
 
 #include "kernels.h"
 
+#ifndef OLLAMAPY_ISAS
+#error "compiled with -DOLLAMAPY_ISAS(X)=X(<instruction set>) ...: those that the library holds, best first"
+#endif
+
 namespace ollamapy {
+
+#define X(isa) namespace isa { extern const Kernels kernels; }
+OLLAMAPY_ISAS(X)
+#undef X
+
 namespace {
 
 struct Candidate {
@@ -15,25 +24,21 @@ struct Candidate {
   bool (*runs_here)();
 };
 
+[[maybe_unused]] bool has_base() { return true; }
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
 
-bool has_avx512vnni() {
+[[maybe_unused]] bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
 
-bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512bf16() { return has_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-const Candidate kCandidates[] = {  // best first
-#if defined(__x86_64__)
-    {&avx512bf16::kernels, has_avx512bf16},
-    {&avx512vnni::kernels, has_avx512vnni},
-    {&avx2::kernels, has_avx2},
-#endif
-    {&base::kernels, [] { return true; }},
-};
+#define X(isa) {&isa::kernels, has_##isa},
+const Candidate kCandidates[] = {OLLAMAPY_ISAS(X)};
+#undef X
 
 const Kernels* best() {
 #if defined(__x86_64__)
@@ -42,7 +47,7 @@ const Kernels* best() {
   for (const Candidate& candidate : kCandidates) {
     if (candidate.runs_here()) return candidate.kernels;
   }
-  return &base::kernels;
+  return nullptr;  // built for another CPU
 }
 
 std::atomic<const Kernels*>& in_force() {
@@ -66,7 +71,7 @@ std::string cpu_isa(std::string force) {
     for (const Candidate& candidate : kCandidates) {
       if (force == candidate.kernels->isa && candidate.runs_here()) found = candidate.kernels;
     }
-    STD_TORCH_CHECK(found, "cpu_isa: this CPU cannot run '", force, "' (it can run: ", cpu_isas(), ")");
+    STD_TORCH_CHECK(found, "cpu_isa: cannot run '", force, "' here (what was built and runs: ", cpu_isas(), ")");
     in_force() = found;
   }
   return kernels().isa;
@@ -74,7 +79,11 @@ std::string cpu_isa(std::string force) {
 
 }  // namespace
 
-const Kernels& kernels() { return *in_force(); }
+const Kernels& kernels() {
+  const Kernels* chosen = in_force();
+  STD_TORCH_CHECK(chosen, "this CPU runs none of the instruction sets that the kernels were built for");
+  return *chosen;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(ollamapy, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));

@@ -190,12 +190,13 @@ void attend_block(const PagedHead<C>& h, const AttendRow* rows) {
   }
 }
 
-// n rows (at most 8) of one KV head, in the blocks of 8, 4, 3, 2, 1 that fit.
+// n rows (at most 8) of one KV head, in the blocks of 8, 4, 3, 2, 1 that fit (portable: 1, the others compile slowly).
 template <CacheType C>
 INLINE void attend_rows(const PagedHead<C>& h, const AttendRow* rows, int n) {
   while (n > 0) {
-    const int take = n >= 8 ? 8 : n >= 4 ? 4 : n;
-    if (take == 8) attend_block<C, 8>(h, rows);
+    const int take = kPortable ? 1 : n >= 8 ? 8 : n >= 4 ? 4 : n;
+    if constexpr (kPortable) attend_block<C, 1>(h, rows);
+    else if (take == 8) attend_block<C, 8>(h, rows);
     else if (take == 4) attend_block<C, 4>(h, rows);
     else if (take == 3) attend_block<C, 3>(h, rows);
     else if (take == 2) attend_block<C, 2>(h, rows);

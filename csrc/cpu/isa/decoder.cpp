@@ -5,8 +5,6 @@
 // Rows of the batch are independent in every part, so a row's result does not depend on what it is batched with.
 #include "../decoder.h"
 
-#include <cmath>
-
 #include "../team.h"
 #include "attention.h"
 #include "families.h"
@@ -34,7 +32,7 @@ void rms_norm(const float* x, const float* w, float* y, int64_t n, float eps) {
   }
   float sum = reduce_add(square);
   for (; i < n; i++) sum += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt(sum / float(n) + eps);
+  const float scale = 1.0f / __builtin_sqrtf(sum / float(n) + eps);
   for (i = 0; i + 16 <= n; i += 16) store(y + i, mul(mul(load(x + i), splat(scale)), load(w + i)));
   for (; i < n; i++) y[i] = x[i] * scale * w[i];
 }

@@ -2,17 +2,6 @@
 #include "../decoder.h"
 #include "families.h"
 
-#if defined(__AVX512BF16__)  // integer dots gain nothing from it, so its kernels are those of AVX-512 VNNI
-
-namespace ollamapy {
-namespace avx512vnni { const MatmulKernels* matmul_kernels(int64_t type); }
-namespace OLLAMAPY_ISA {
-const MatmulKernels* matmul_kernels(int64_t type) { return avx512vnni::matmul_kernels(type); }
-}  // namespace OLLAMAPY_ISA
-}  // namespace ollamapy
-
-#else
-
 #include "dense.h"
 #include "matmul.h"
 #include "pack.h"
@@ -48,5 +37,3 @@ const MatmulKernels* matmul_kernels(int64_t type) {
 }
 
 }  // namespace ollamapy::OLLAMAPY_ISA
-
-#endif

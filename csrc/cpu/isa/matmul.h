@@ -9,6 +9,14 @@
 namespace ollamapy::OLLAMAPY_ISA {
 namespace {
 
+// What the arithmetic of a group depends on: types that agree in it share their kernels for unpacked panels.
+template <int zero_log2, bool has_min, bool per16, bool wide>
+struct Arithmetic {
+  static constexpr int kZeroLog2 = zero_log2;
+  static constexpr bool kMin = has_min, kHalves = per16, kWide = wide;
+};
+template <class T> using ArithmeticOf = Arithmetic<T::kZeroLog2, T::kMin, T::kHalves, T::kWide>;
+
 // acc[r] += the group's contribution for R tiles: THE order of float operations
 template <class T, int R>
 INLINE void accumulate(F* acc, const B w[][8], const GroupScales* s, const Activation& a, int64_t g) {
@@ -62,14 +70,17 @@ INLINE void direct(const uint8_t* tile, int64_t tile_bytes, int64_t k, const Act
         unpack_group<T>(q, w[r]);
         scales[r] = group_scales<T>(s + r * tile_bytes + b * 16 * T::kScaleBytes, g);
       }
-      for (int m = 0; m < M; m++) accumulate<T, R>(acc[m], w, scales, a[m], group);
+      for (int m = 0; m < M; m++) accumulate<ArithmeticOf<T>, R>(acc[m], w, scales, a[m], group);
     }
   }
   for (int m = 0; m < M; m++) for (int r = 0; r < R; r++) store(y + m * ldy + 16 * r, acc[m][r]);
 }
 
-// Unpacked panel of two tiles and up to kPanelGroups groups, small enough for L1/L2.
-constexpr int kPanelGroups = 16, kPanelTiles = 2;
+// Tiles that share the loads of activations. 16 registers do not hold two.
+constexpr int kTilesAtOnce = kManyRegisters ? 2 : 1;
+
+// Unpacked panel of some tiles and up to kPanelGroups groups, small enough for L1/L2.
+constexpr int kPanelGroups = 16, kPanelTiles = kTilesAtOnce;
 struct alignas(64) Panel {
   uint8_t w[kPanelGroups][kPanelTiles][8][64];
   float scale[kPanelGroups][kPanelTiles][2][16];
@@ -99,7 +110,7 @@ INLINE void fill_panel(Panel& p, const uint8_t* tile, int64_t tile_bytes, int ti
   }
 }
 
-template <class T, int M, int R>
+template <class Kind, int M, int R>
 INLINE void panel_rows(const Panel& p, int64_t group_begin, int groups, const Activation* a, float* y, int64_t ldy, bool first) {
   F acc[M][R];
   for (int r = 0; r < R; r++)
@@ -109,12 +120,12 @@ INLINE void panel_rows(const Panel& p, int64_t group_begin, int groups, const Ac
     GroupScales s[R];
     for (int r = 0; r < R; r++) {
       for (int i = 0; i < 8; i++) w[r][i] = load_bytes(p.w[g][r][i]);
-      for (int h = 0; h < (T::kHalves ? 2 : 1); h++) {
+      for (int h = 0; h < (Kind::kHalves ? 2 : 1); h++) {
         s[r].scale[h] = load(p.scale[g][r][h]);
-        if constexpr (T::kMin) s[r].min[h] = load(p.min[g][r][h]);
+        if constexpr (Kind::kMin) s[r].min[h] = load(p.min[g][r][h]);
       }
     }
-    for (int m = 0; m < M; m++) accumulate<T, R>(acc[m], w, s, a[m], group_begin + g);
+    for (int m = 0; m < M; m++) accumulate<Kind, R>(acc[m], w, s, a[m], group_begin + g);
   }
   for (int m = 0; m < M; m++) for (int r = 0; r < R; r++) store(y + m * ldy + 16 * r, acc[m][r]);
 }
@@ -124,7 +135,7 @@ template <class T> constexpr int kDirectRows = !kManyRegisters || T::kBase == 8 
 constexpr int kRowBlock = 128;   // rows of x that stay in L2 while the tiles of a thread pass
 
 // The unpacked panel of tiles [t, t + count) for groups [g0, g0 + span), over all rows of x from m0 to m1.
-template <class T>
+template <class Kind>
 void panel_pass(const Panel& panel, int64_t k, const uint8_t* acts, int64_t m0, int64_t m1, float* y, int64_t ldy, int count, int64_t g0, int span) {
   const int64_t act_bytes = activation_bytes(k);
   const bool first = g0 == 0;
@@ -134,14 +145,13 @@ void panel_pass(const Panel& panel, int64_t k, const uint8_t* acts, int64_t m0, 
     for (int j = 0; j < rows; j++) a[j] = activation(acts + (i + j) * act_bytes, k);
     float* out = y + i * ldy;
     i += rows;
-    if constexpr (!kPortable) {
-      if (rows == 4 && count == 2) panel_rows<T, 4, 2>(panel, g0, span, a, out, ldy, first);
-      else if (rows == 4) panel_rows<T, 4, 1>(panel, g0, span, a, out, ldy, first);
-      else if (count == 2) panel_rows<T, 1, 2>(panel, g0, span, a, out, ldy, first);
-      else panel_rows<T, 1, 1>(panel, g0, span, a, out, ldy, first);
-    } else {
-      panel_rows<T, 1, 1>(panel, g0, span, a, out, ldy, first);
+    if constexpr (!kPortable)
+      if (rows == 4 && count == kTilesAtOnce) { panel_rows<Kind, 4, kTilesAtOnce>(panel, g0, span, a, out, ldy, first); continue; }
+    if constexpr (kTilesAtOnce > 1) {
+      if (rows == 4) { panel_rows<Kind, 4, 1>(panel, g0, span, a, out, ldy, first); continue; }
+      if (count == kTilesAtOnce) { panel_rows<Kind, 1, kTilesAtOnce>(panel, g0, span, a, out, ldy, first); continue; }
     }
+    panel_rows<Kind, 1, 1>(panel, g0, span, a, out, ldy, first);
   }
 }
 
@@ -153,17 +163,19 @@ void few_rows(const uint8_t* tiles, int64_t k, const uint8_t* acts, int64_t m, f
   for (int64_t t = tile_begin; t < tile_end;) {
     const uint8_t* tile = tiles + t * tile_bytes;
     float* out = y + 16 * t;
-    const bool pair = t + 2 <= tile_end && m <= 2;
-    t += pair ? 2 : 1;
-    if (pair && m == 1) direct<T, 1, 2>(tile, tile_bytes, k, a, out, ldy);
-    else if (pair) direct<T, 2, 2>(tile, tile_bytes, k, a, out, ldy);
-    else {
-      int i = 0;
-      if constexpr (kDirectRows<T> >= 8)
-        for (; i + 8 <= m; i += 8) direct<T, 8, 1>(tile, tile_bytes, k, a + i, out + i * ldy, ldy);
-      for (; i + 4 <= m; i += 4) direct<T, 4, 1>(tile, tile_bytes, k, a + i, out + i * ldy, ldy);
-      for (; i < m; i++) direct<T, 1, 1>(tile, tile_bytes, k, a + i, out + i * ldy, ldy);
-    }
+    if constexpr (kTilesAtOnce == 2)
+      if (t + 2 <= tile_end && m <= 2) {
+        t += 2;
+        if (m == 1) direct<T, 1, 2>(tile, tile_bytes, k, a, out, ldy);
+        else direct<T, 2, 2>(tile, tile_bytes, k, a, out, ldy);
+        continue;
+      }
+    t += 1;
+    int i = 0;
+    if constexpr (kDirectRows<T> >= 8)
+      for (; i + 8 <= m; i += 8) direct<T, 8, 1>(tile, tile_bytes, k, a + i, out + i * ldy, ldy);
+    for (; i + 4 <= m; i += 4) direct<T, 4, 1>(tile, tile_bytes, k, a + i, out + i * ldy, ldy);
+    for (; i < m; i++) direct<T, 1, 1>(tile, tile_bytes, k, a + i, out + i * ldy, ldy);
   }
 }
 
@@ -173,15 +185,14 @@ void matmul_tiles(const uint8_t* tiles, int64_t k, const uint8_t* acts, int64_t 
     if (m <= kDirectRows<T>) return few_rows<T>(tiles, k, acts, m, y, ldy, tile_begin, tile_end);
   static thread_local Panel panel;
   const int64_t tile_bytes = 16 * (k / T::kBlock) * T::kBlockBytes, groups = k / 32;
-  const int step = kPortable ? 1 : kPanelTiles;
   for (int64_t m0 = 0; m0 < m; m0 += kRowBlock) {
     const int64_t m1 = m0 + kRowBlock < m ? m0 + kRowBlock : m;
-    for (int64_t t = tile_begin; t < tile_end; t += step) {
-      const int count = int(tile_end - t < step ? tile_end - t : step);
+    for (int64_t t = tile_begin; t < tile_end; t += kPanelTiles) {
+      const int count = int(tile_end - t < kPanelTiles ? tile_end - t : kPanelTiles);
       for (int64_t g0 = 0; g0 < groups; g0 += kPanelGroups) {
         const int span = int(g0 + kPanelGroups < groups ? kPanelGroups : groups - g0);
         fill_panel<T>(panel, tiles + t * tile_bytes, tile_bytes, count, k, g0, span);
-        panel_pass<T>(panel, k, acts, m0, m1, y + 16 * t, ldy, count, g0, span);
+        panel_pass<ArithmeticOf<T>>(panel, k, acts, m0, m1, y + 16 * t, ldy, count, g0, span);
       }
     }
   }

@@ -1,14 +1,18 @@
-// This instruction set's table. Compiled once per instruction set.
+// This instruction set's table. Compiled once per instruction set; of a set that gains nothing over another, only this file is,
+// with OLLAMAPY_ISA naming the other, whose kernels the table OLLAMAPY_TABLE lists.
 #include "../kernels.h"
 #include "families.h"
 
 #define OLLAMAPY_TEXT_(x) #x
 #define OLLAMAPY_TEXT(x) OLLAMAPY_TEXT_(x)
 
-namespace ollamapy::OLLAMAPY_ISA {
+namespace ollamapy::OLLAMAPY_TABLE {
 
+using namespace ollamapy::OLLAMAPY_ISA;
+
+extern const Kernels kernels;
 const Kernels kernels = {
-    .isa = OLLAMAPY_TEXT(OLLAMAPY_ISA),
+    .isa = OLLAMAPY_TEXT(OLLAMAPY_TABLE),
     .embedding_rows = embedding_rows,
     .matmul = matmul_kernels,
     .quantize_rows = quantize_rows,
@@ -17,4 +21,4 @@ const Kernels kernels = {
     .write_cache = write_cache,
 };
 
-}  // namespace ollamapy::OLLAMAPY_ISA
+}  // namespace ollamapy::OLLAMAPY_TABLE
