@@ -1,0 +1,69 @@
+"""Norms and activations, interpreted, against ollamapy.reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ollamapy import reference, triton_kernels
+from ollamapy.triton_kernels import activation, norm
+
+# exp of a large number is infinite and its inverse zero, as on a GPU; numpy, which interprets, says so
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 96), (2, 3, 40), (5, 257)], ids=str)
+def test_norms(shape: tuple[int, ...]) -> None:
+    x, weight, bias = randn(*shape), randn(shape[-1]), randn(shape[-1])
+    torch.testing.assert_close(norm.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), rtol=1e-6, atol=1e-6)
+    for b in (None, bias):
+        want = reference.layer_norm(x, weight, b, 1e-5)
+        torch.testing.assert_close(norm.layer_norm(x, weight, b, 1e-5), want, rtol=2e-6, atol=2e-6)
+    residual, total = x.clone(), x + 2 * x
+    torch.testing.assert_close(
+        norm.add_rms_norm(2 * x, residual, weight, 1e-5), reference.rms_norm(total, weight, 1e-5), rtol=1e-6, atol=1e-6
+    )
+    assert torch.equal(residual, total)
+
+
+def test_half_norm() -> None:
+    x, weight = randn(4, 130, dtype=torch.float16), randn(130)
+    want = reference.rms_norm(x.float(), weight, 1e-6)
+    torch.testing.assert_close(norm.rms_norm(x, weight, 1e-6).float(), want, rtol=2**-10, atol=2**-14)
+    assert norm.rms_norm(x[:0], weight, 1e-6).shape == (0, 130)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(3, 1), (2, 1500)], ids=str)
+def test_gated_activation(shape: tuple[int, int], kind: reference.Activation) -> None:
+    """Also of the halves of one projection's rows; gates far from zero saturate."""
+    joined = 20 * randn(shape[0], 2 * shape[1])
+    gate, up = joined.split(shape[1], 1)
+    want = reference.gated_activation(gate.clone(), up, kind)
+    torch.testing.assert_close(activation.gated_activation(gate, up, kind), want, rtol=1e-5, atol=1e-5)
+    assert activation.gated_activation(gate[:0], up[:0], kind).shape == (0, shape[1])
+
+
+def test_softcap() -> None:
+    x = 100 * randn(3, 700)
+    want = reference.softcap(x.clone(), 30.0)
+    got = activation.softcap(x, 30.0)
+    assert got is x
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_table() -> None:
+    """Every op is where the table says, and takes what the reference's takes first."""
+    for op in triton_kernels.OPS:
+        function = triton_kernels.load(op)
+        original = getattr(reference, op, None)
+        if original is not None:
+            code, other = function.__code__, original.__code__
+            assert code.co_varnames[: code.co_argcount] == other.co_varnames[: other.co_argcount], op
+    for op in triton_kernels.PREPARE:
+        assert triton_kernels.load(op, triton_kernels.PREPARE).__code__.co_varnames[:2] == ("weight", "device")
+    assert "no kernels for cpu" in triton_kernels.objection("cpu") and triton_kernels.objection("cuda") == ""

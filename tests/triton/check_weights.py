@@ -1,0 +1,106 @@
+"""Kernels that read packed weights, interpreted: dequantize, embedding, matvec, matmul, against quant and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ollamapy import reference
+from ollamapy.gguf.types import GGMLType
+from ollamapy.quant.tensor import QuantTensor
+from ollamapy.triton_kernels import embedding, layout, matmul
+from tests.quant.test_dequant import random_blocks
+from tests.triton.data import random_weight
+
+CPU = torch.device("cpu")
+TYPES = pytest.mark.parametrize("type", layout.FORMS, ids=lambda type: type.name)
+
+
+@TYPES
+def test_dequantize_and_embedding(type: GGMLType) -> None:
+    """Bit for bit, with subnormal, negative and huge steps: 11 groups a row or 24, beyond the tile's rows."""
+    from ollamapy.gguf.types import TYPES as INFO
+
+    columns = 768 if INFO[type].block_size == 256 else 352
+    blocks = random_blocks(type, 5 * columns // INFO[type].block_size)
+    if type is GGMLType.MXFP4:
+        blocks[:, 0] = blocks[:, 0] % 251  # the largest powers of two overflow with the code
+        blocks[:3, 0] = torch.tensor([0, 1, 2])
+    weight = QuantTensor.wrap(torch.from_numpy(blocks).flatten(), type, (5, columns))
+    planes = layout.pack(weight)
+    assert torch.equal(embedding.dequantize(planes, torch.float32), weight.dequantize())
+    ids = torch.tensor([4, 0, 4, 2, 1, 3])
+    assert torch.equal(embedding.embedding(ids, planes), reference.embedding(ids, weight))
+
+
+def check(got: Tensor, x: Tensor, weight: QuantTensor, tolerance: float) -> None:
+    """Within `tolerance` of the exact product, relative to the sum of its terms' magnitudes."""
+    exact = weight.dequantize().double()
+    error = (got.double() - x.double() @ exact.t()).abs() / (x.double().abs() @ exact.abs().t())
+    assert error.max() < tolerance, error.max()
+
+
+@TYPES
+@pytest.mark.parametrize("rows", [1, 3])
+def test_matvec(type: GGMLType, rows: int) -> None:
+    """float32: as good as any order of a sum. K ends within a step, columns within a tile; 37 columns are split over K."""
+    weight = random_weight(type, 37, 1280)
+    x = torch.randn(rows, 1280, generator=torch.Generator().manual_seed(rows))
+    assert matmul._splits(3, 40, 32)[0] == 1
+    check(matmul.matvec(x, layout.pack(weight)), x, weight, 2e-7)
+
+
+@TYPES
+@pytest.mark.parametrize(("rows", "dot", "tolerance"), [(21, torch.float32, 4e-7), (5, torch.float16, 2**-11)])
+def test_matmul(type: GGMLType, rows: int, dot: torch.dtype, tolerance: float) -> None:
+    """Weights and x are each rounded once to `dot`: at most two half units in the last place, on the sum's magnitude."""
+    weight = random_weight(type, 37, 768)
+    x = torch.randn(rows, 768, generator=torch.Generator().manual_seed(rows))
+    check(matmul.matmul(x, layout.pack(weight), dot), x, weight, tolerance)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 40, 70, 130])
+def test_every_tile(rows: int) -> None:
+    """Every row of the tables, in bfloat16 where there are tensor cores, with x of both types that a model runs in."""
+    weight = random_weight(GGMLType.Q4_K, 70, 512)
+    planes = layout.pack(weight)
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(0))
+    check(matmul.linear(x, planes), x, weight, 2e-7 if rows <= matmul.MATVEC_ROWS else 2**-7)
+    bias = torch.randn(70)
+    got = matmul.linear(x.bfloat16(), planes, bias.bfloat16())
+    assert got.dtype == torch.bfloat16
+    check(got.float() - bias.bfloat16().float(), x.bfloat16(), weight, 2**-6)
+
+
+def test_split_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(GGMLType.Q6_K, 20, 4096)
+    planes = layout.pack(weight)
+    x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(matmul, "MATVECS", (matmul.Tile(4, 16, 8, 4, 1),))
+    assert matmul._splits(2, 128, 8) == (4, 32)
+    check(matmul.matvec(x, planes), x, weight, 2e-7)
+    check(matmul.matmul(x, planes, torch.float32), x, weight, 4e-7)
+
+
+def test_many_rows_are_decoded_once() -> None:
+    weight = random_weight(GGMLType.Q5_K, 24, 256)
+    x = torch.randn(matmul.DENSE_ROWS, 256, generator=torch.Generator().manual_seed(0))
+    planes = matmul.prepare_linear(weight, CPU)
+    assert [matmul.choose_path(rows, planes) for rows in (1, 4, 5, 255, 256)] == ["matvec", "matvec", "tiles", "tiles", "layer"]
+    check(matmul.linear(x, planes), x, weight, 2**-7)
+
+
+@pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.IQ2_XXS], ids=lambda t: t.name)
+def test_dense_types(type: GGMLType) -> None:
+    from ollamapy.gguf.types import TYPES as INFO
+
+    blocks = random_blocks(type, 3 * 256 // INFO[type].block_size)
+    if type in layout.DENSE:
+        values = torch.randn(3, 256).to(layout.DENSE[type])
+        weight = QuantTensor.wrap(values.view(torch.uint8).flatten(), type, (3, 256))
+    else:
+        weight = QuantTensor.wrap(torch.from_numpy(blocks).flatten(), type, (3, 256))
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    check(matmul.linear(x, matmul.prepare_linear(weight, CPU)), x, weight, 2**-7)
+    assert matmul.linear(x[:0], matmul.prepare_linear(weight, CPU)).shape == (0, 3)

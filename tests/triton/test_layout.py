@@ -1,0 +1,79 @@
+"""Packing permutes bits: the file's bytes come back, in planes of the same size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ollamapy.gguf.types import TYPES, GGMLType
+from ollamapy.quant.dequant import DEQUANT
+from ollamapy.quant.tensor import QuantTensor
+from ollamapy.triton_kernels import layout
+
+KEPT = [*layout.FORMS, *layout.DENSE]
+
+
+def random_bytes(type: GGMLType, *shape: int) -> QuantTensor:
+    """All bit patterns, infinities and NaN among the steps."""
+    torch.manual_seed(type)
+    row = shape[-1] // TYPES[type].block_size * TYPES[type].type_size
+    return QuantTensor(torch.randint(0, 256, (*shape[:-1], row), dtype=torch.uint8), type, shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (3, 768), (2, 5, 512)], ids=str)
+@pytest.mark.parametrize("type", KEPT, ids=lambda type: type.name)
+def test_round_trip(type: GGMLType, shape: tuple[int, ...]) -> None:
+    weight = random_bytes(type, *shape)
+    planes = layout.pack(weight)
+    back = layout.unpack(planes)
+    assert back.type is type and back.shape == shape and torch.equal(back.data, weight.data)
+    assert planes.nbytes == weight.nbytes and planes.shape == shape
+
+
+def all_bytes(planes: layout.Planes) -> bytes:
+    present = [p for p in (planes.low, planes.high, planes.scales, planes.d, planes.m) if p is not None]
+    return b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in present)
+
+
+@pytest.mark.parametrize("type", layout.FORMS, ids=lambda type: type.name)
+def test_every_byte_has_its_place(type: GGMLType) -> None:
+    """A single changed bit changes the planes, so nothing is stored twice or left out."""
+    weight = random_bytes(type, 1, 256)
+    whole = all_bytes(layout.pack(weight))
+    for byte in range(weight.data.numel()):
+        changed = weight.data.clone()
+        changed[0, byte] ^= 16
+        parts = all_bytes(layout.pack(QuantTensor(changed, type, weight.shape)))
+        assert sum((a ^ b).bit_count() for a, b in zip(whole, parts, strict=True)) == 1
+
+
+@pytest.mark.parametrize("type", [GGMLType.Q4_K, GGMLType.Q6_K], ids=lambda type: type.name)
+def test_chunks_change_nothing(type: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_bytes(type, 7, 512)
+    whole = layout.pack(weight)
+    monkeypatch.setattr(layout, "CHUNK_WEIGHTS", 1024)
+    parts = layout.pack(weight)
+    assert torch.equal(whole.low, parts.low) and torch.equal(layout.unpack(parts).data, weight.data)
+
+
+def test_what_has_no_form_becomes_bfloat16() -> None:
+    others = [t for t in DEQUANT if t not in KEPT and t is not GGMLType.F64]
+    assert GGMLType.IQ2_XXS in others
+    for type in others:
+        planes = layout.pack(random_bytes(type, 2, 256))
+        assert planes.form is None and planes.low.dtype == torch.bfloat16 and planes.low.shape == (2, 256)
+    with pytest.raises(AssertionError, match="was decoded"):
+        layout.unpack(planes)
+
+
+def test_packing_needs_no_triton() -> None:
+    """Most machines have none: neither the package nor its layout may import it."""
+    code = (
+        "import tests.triton.conftest, ollamapy.triton_kernels, ollamapy.triton_kernels.layout, sys;"
+        "print([m for m in sys.modules if m.split('.')[0] == 'triton'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,294 @@
+"""Attention over the paged KV cache: one kernel for prefill and decode, and the sum of split keys. Knows no model.
+
+Caches are key (num_blocks, Hkv, block, D) and value (num_blocks, Hkv, block, Dv): a head's block is one piece of memory. The
+query heads of a key-value head are rows of one tile, so its keys are read once. Long contexts are split at fixed positions,
+so a row's sums do not depend on the other sequences of its batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ollamapy.engine.batch import Batch, KVCache, LayerState
+
+SPLIT_KEYS = 512  # keys of one program when decoding
+TILE_ROWS = 64  # of queries times heads, in prefill
+TILE_KEYS = 64
+
+
+@triton.jit
+def attention_kernel(
+    q,
+    key,
+    value,
+    out,
+    peak,
+    total,
+    sinks,
+    tile_sequence,
+    tile_first,
+    query_start,
+    seq_lens,
+    block_table,
+    table_width,
+    scale,
+    cap,
+    window,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    PADDED_DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """One tile: TOKENS queries of a sequence, all heads of one key-value head, and SPLIT keys (0: all of them).
+
+    Writes softmax(q k^T scale) v to out (n, H, DV); or with SPLIT the unnormalized sums to out (splits, tiles, H, DV) with
+    their maximum and total (splits, tiles, H), float32, in units of log2. `window` is the reach: the first hidden distance.
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    group: tl.constexpr = HEADS // KV_HEADS
+    sequence = tl.load(tile_sequence + tile)
+    begin = tl.load(query_start + sequence)
+    queries = tl.load(query_start + sequence + 1) - begin
+    length = tl.load(seq_lens + sequence)
+    first = tl.load(tile_first + tile)
+    r = tl.arange(0, ROWS)
+    query = first + r // group
+    head = kv_head * group + r % group
+    real = (r < TOKENS * group) & (query < queries)
+    position = length - queries + query
+    token = (begin + tl.minimum(query, queries - 1)).to(tl.int64)
+    head = tl.where(real, head, kv_head * group)
+    dim = tl.arange(0, PADDED_D)
+    dim_v = tl.arange(0, PADDED_DV)
+    rows = tl.load(q + (token * HEADS + head)[:, None] * D + dim[None, :], (dim < D)[None, :], other=0.0)
+    rows = (rows.to(tl.float32) * scale).to(key.dtype.element_ty)
+
+    start = 0
+    stop = length
+    last = length - queries + tl.minimum(first + TOKENS, queries) - 1
+    if CAUSAL:
+        stop = last + 1
+    if WINDOW:
+        start = tl.maximum(length - queries + first - window + 1, 0) // KEYS * KEYS
+        if not CAUSAL:
+            stop = tl.minimum(length, last + window)
+    if SPLIT != 0:
+        start = tl.maximum(start, tl.program_id(2) * SPLIT)
+        stop = tl.minimum(stop, (tl.program_id(2) + 1) * SPLIT)
+
+    if SINKS and SPLIT == 0:
+        most = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        sum = tl.full((ROWS,), 1.0, tl.float32)
+    else:
+        most = tl.full((ROWS,), float("-inf"), tl.float32)
+        sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, PADDED_DV), tl.float32)
+    for base in tl.range(start, stop, KEYS):
+        at = base + tl.arange(0, KEYS)
+        held = at < length
+        block = tl.load(block_table + sequence.to(tl.int64) * table_width + at // BLOCK, held, other=0).to(tl.int64)
+        slot = (block * KV_HEADS + kv_head) * BLOCK + at % BLOCK
+        k = tl.load(key + slot[None, :] * D + dim[:, None], held[None, :] & (dim < D)[:, None], other=0.0)
+        scores = tl.dot(rows, k, input_precision="ieee")
+        if CAP:
+            scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
+        seen = held[None, :] & (at < stop)[None, :]
+        distance = position[:, None] - at[None, :]
+        if CAUSAL:
+            seen &= distance >= 0
+            if WINDOW:
+                seen &= distance < window
+        elif WINDOW:
+            seen &= tl.abs(distance) < window
+        scores = tl.where(seen, scores * 1.4426950408889634, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        old = tl.exp2(most - finite)
+        parts = tl.exp2(scores - finite[:, None])
+        sum = sum * old + tl.sum(parts, 1)
+        v = tl.load(value + slot[:, None] * DV + dim_v[None, :], held[:, None] & (dim_v < DV)[None, :], other=0.0)
+        acc = tl.dot(parts.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+        most = higher
+
+    mask = real[:, None] & (dim_v < DV)[None, :]
+    if SPLIT != 0:
+        target = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64) * HEADS + head
+        tl.store(peak + target, most, real)
+        tl.store(total + target, sum, real)
+    else:
+        target = token * HEADS + head
+        acc = acc / tl.where(real, sum, 1.0)[:, None]
+    tl.store(out + target[:, None] * DV + dim_v[None, :], acc.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def combine_kernel(
+    parts,
+    peak,
+    total,
+    sinks,
+    tile_sequence,
+    query_start,
+    out,
+    splits,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    PADDED_DV: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """Adds the splits of one row and head in the order of their keys: out (n, H, DV)."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.arange(0, PADDED_SPLITS)
+    at = (split * tl.num_programs(0) + tile).to(tl.int64) * HEADS + head
+    tops = tl.load(peak + at, split < splits, other=float("-inf"))
+    sums = tl.load(total + at, split < splits, other=0.0)
+    most = tl.max(tops, 0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        most = tl.maximum(most, sink)
+    factor = tl.exp2(tops - most)
+    sum = tl.sum(sums * factor, 0)
+    if SINKS:
+        sum += tl.exp2(sink - most)
+    dim = tl.arange(0, PADDED_DV)
+    mask = (split < splits)[:, None] & (dim < DV)[None, :]
+    acc = tl.load(parts + at[:, None] * DV + dim[None, :], mask, other=0.0)
+    row = tl.load(query_start + tl.load(tile_sequence + tile)).to(tl.int64)
+    result = tl.sum(acc * factor[:, None], 0) / sum
+    tl.store(out + (row * HEADS + head) * DV + dim, result.to(out.dtype.element_ty), dim < DV)
+
+
+class Launch(NamedTuple):
+    """Tiles of equal kind: which sequence and which of its queries each begins with, (tiles,) int32."""
+
+    sequence: Tensor
+    first: Tensor
+    tokens: int
+    rows: int
+    splits: int  # 0: one program has all keys
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """One batch's tiles: made once per forward pass, once for each number of query heads to a key-value head."""
+
+    batch: Batch
+    launches: dict[int, list[Launch]] = field(default_factory=dict)
+
+    def for_group(self, group: int) -> list[Launch]:
+        found = self.launches.get(group)
+        if found is None:
+            found = self.launches[group] = self._make(group)
+        return found
+
+    def _make(self, group: int) -> list[Launch]:
+        rows = max(TILE_ROWS, triton.next_power_of_2(group))
+        tokens = rows // group
+        lens = self.batch.query_lens
+        decoding = [s for s, n in enumerate(lens) if n == 1]
+        prefill = [(s, start) for s, n in enumerate(lens) if n > 1 for start in range(0, n, tokens)]
+        made = []
+        if decoding:
+            longest = max(self.batch.context_lens[s] for s in decoding)
+            splits = triton.cdiv(longest, SPLIT_KEYS) if longest > SPLIT_KEYS else 0
+            least = max(16, triton.next_power_of_2(group))  # rows of a matrix product
+            made.append(Launch(*self._tiles([(s, 0) for s in decoding]), 1, least, splits))
+        if prefill:
+            made.append(Launch(*self._tiles(prefill), tokens, rows, 0))
+        return made
+
+    def _tiles(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        sequence, first = torch.tensor(pairs, dtype=torch.int32, device=self.batch.block_table.device).t().contiguous()
+        return sequence, first
+
+
+def plan(batch: Batch, cache: KVCache) -> AttentionPlan:
+    return AttentionPlan(batch)
+
+
+def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """key (num_blocks, Hkv, block_size, D), value (num_blocks, Hkv, block_size, Dv). Zeros: stale memory must hold no NaN."""
+    slots = (num_blocks, state.num_kv_heads, block_size)
+    return KVCache(
+        key=torch.zeros(*slots, state.key_length, dtype=dtype, device=device),
+        value=torch.zeros(*slots, state.value_length, dtype=dtype, device=device),
+    )
+
+
+def attention(
+    q: Tensor,
+    cache: KVCache,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """(n, H, D) -> (n, H * Dv): see `ollamapy.reference.attention`. Rows beyond the batch's are zero."""
+    q = q.contiguous()
+    kv_heads, block, value_length = cache.value.shape[1:]
+    batch, heads, length = plan.batch, q.shape[1], q.shape[2]
+    out = q.new_zeros(q.shape[0], heads, value_length)
+    for launch in plan.for_group(heads // kv_heads):
+        tiles, splits = launch.sequence.shape[0], launch.splits
+        parts = out
+        peak = total = q
+        if splits:
+            parts = torch.empty(splits, tiles, heads, value_length, dtype=torch.float32, device=q.device)
+            peak, total = torch.empty(2, splits, tiles, heads, dtype=torch.float32, device=q.device)
+        attention_kernel[(tiles, kv_heads, max(splits, 1))](
+            *(q, cache.key, cache.value, parts, peak, total, q if sinks is None else sinks),
+            *(launch.sequence, launch.first, batch.query_start, batch.seq_lens, batch.block_table),
+            table_width=batch.block_table.shape[1],
+            scale=scale,
+            cap=cap,
+            window=window if causal else window // 2 + 1,
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            D=length,
+            DV=value_length,
+            PADDED_D=max(triton.next_power_of_2(length), 16),
+            PADDED_DV=max(triton.next_power_of_2(value_length), 16),
+            BLOCK=block,
+            TOKENS=launch.tokens,
+            ROWS=launch.rows,
+            KEYS=TILE_KEYS,
+            SPLIT=SPLIT_KEYS if splits else 0,
+            CAUSAL=causal,
+            WINDOW=window > 0,
+            CAP=cap > 0.0,
+            SINKS=sinks is not None,
+        )
+        if splits:
+            combine_kernel[(tiles, heads)](
+                *(parts, peak, total, q if sinks is None else sinks),
+                *(launch.sequence, batch.query_start, out, splits),
+                HEADS=heads,
+                DV=value_length,
+                PADDED_DV=max(triton.next_power_of_2(value_length), 16),
+                PADDED_SPLITS=triton.next_power_of_2(splits),
+                SINKS=sinks is not None,
+            )
+    return out.flatten(1)
