@@ -7,7 +7,7 @@ TORCH  := 2.13.0
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: run test test-slow lint bench clean
+.PHONY: run test test-slow lint bench bench-cpu bench-serve bench-profile clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ollamapy quickstart $(if $(PROMPT),-- "$$PROMPT")
@@ -23,8 +23,19 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# LLAMA_CPP_BIN=folder of llama-bench puts llama.cpp's figures beside ours; bench/notes/cpu.md says how they were got.
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m bench.baseline
+	$(BIN)/python -m bench.cpu --short
+
+bench-cpu: $(VENV)/.installed-dev
+	@$(PIP) install -c constraints.txt -e ".[bench]" || echo "matplotlib cannot be installed: no picture"
+	$(BIN)/python -m bench.cpu
+
+bench-serve: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.serve_http
+
+bench-profile: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.profile_cpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info ollamapy/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

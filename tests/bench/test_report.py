@@ -1,0 +1,140 @@
+"""Figures, tables and the reading of peers' outputs, on made-up figures. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import figures, llama_cpp, plot, table
+from bench.figures import Work
+from bench.serve_http import Stream, Target, body, percentile, prompt, read_piece, render, summary
+
+REPORT: dict[str, Any] = {
+    "machine": {"cpu": "Some CPU", "isa": "avx512bf16", "torch": "2.13.0", "commit": "abc", "load_average": 0.1},
+    "threads": 2,
+    "limits": {"read_gbs": 40.0, "vnni_gmacs": 1000.0},
+    "columns": ["prefill512", "decode1", "decode4"],
+    "models": [
+        {
+            "name": "m",
+            "kernels": "csrc",
+            "decode_bytes": 100_000_000,
+            "prefill_macs": 100_000_000,
+            "kl": {"ollamapy": 0.002, "llama.cpp": 0.003},
+            "engines": {
+                "ollamapy": {"prefill512": [3000.0, 2900.0, 3100.0], "decode1": [200.0], "decode4": [600.0, 500.0]},
+                "llama.cpp": {"prefill512": [1000.0], "decode1": [100.0]},
+            },
+        }
+    ],
+}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_of_two_engines() -> None:
+    lines = table.render(REPORT).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    header, _, ours, theirs, ratios = lines[start:]
+    assert cells(header) == ["model", "engine", "prefill512", "decode1", "decode4", "of read", "of VNNI", "mean KL"]
+    assert cells(ours) == ["m", "ollamapy", "3000 ±3%", "200 ±0%", "550 ±9%", "50%", "30%", "2.0e-03"]
+    assert cells(theirs) == ["", "llama.cpp", "1000 ±0%", "100 ±0%", "-", "25%", "10%", "3.0e-03"]
+    assert cells(ratios) == ["", "ratio to llama.cpp", "3.00x", "2.00x", "-", "", "", ""]
+    assert len({len(line) for line in lines[start:]}) == 1
+
+
+def test_table_says_when_the_kernels_were_not_there() -> None:
+    slow = {**REPORT, "models": [{**REPORT["models"][0], "kernels": "reference"}], "limits": {}}
+    text = table.render(slow)
+    assert "without the C++ kernels: m (reference)" in text
+    assert "limits:" not in text and "50%" not in text
+
+
+def test_merge_median_spread() -> None:
+    samples = figures.merge([{"a": [1.0, 3.0]}, {"a": [2.0], "b": [5.0]}])
+    assert samples == {"a": [1.0, 3.0, 2.0], "b": [5.0]}
+    assert figures.median(samples, "a") == 2.0 and figures.spread(samples, "a") == 1.0
+    assert figures.median(samples, "c") is None and figures.spread(samples, "c") is None
+    assert figures.ratio(3.0, 2.0) == 1.5 and figures.ratio(None, 2.0) is None and figures.ratio(1.0, None) is None
+
+
+def test_columns_of_one_thread_are_their_own() -> None:
+    assert Work(2, batches=(8,)).columns == ["prefill512", "decode1", "decode8"]
+    assert Work(1, prefill=False, batches=()).columns == ["decode1 1thread"]
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_llama_cpp_figures_are_read(tmp_path: Path) -> None:
+    rows = [{"n_prompt": 512, "n_gen": 0, "samples_ts": [476.0, 470.0]}, {"n_prompt": 0, "n_gen": 128, "samples_ts": [180.0]}]
+    script(tmp_path / "llama-bench", f"cat <<'END'\n{json.dumps(rows)}\nEND\n")
+    batches = "\n".join(json.dumps({"pl": size, "speed_tg": 100.0 + size}) for size in (4, 8))
+    script(tmp_path / "llama-batched-bench", f"echo noise\ncat <<'END'\n{batches}\nEND\n")
+    found = llama_cpp.measure(tmp_path, Path("m.gguf"), Work(2, repeats=2, batches=(4, 8)))
+    assert found == {
+        "prefill512": [476.0, 470.0],
+        "decode1": [180.0],
+        "decode4": [104.0, 104.0],
+        "decode8": [108.0, 108.0],
+    }
+
+
+def test_llama_cpp_failures_are_told(tmp_path: Path) -> None:
+    with pytest.raises(llama_cpp.PeerError, match=r"llama-bench: No such file"):
+        llama_cpp.measure(tmp_path, Path("m.gguf"), Work(1))
+    script(tmp_path / "llama-bench", "echo 'cannot read m.gguf' >&2; exit 3")
+    with pytest.raises(llama_cpp.PeerError, match=r"ended with 3: cannot read m\.gguf"):
+        llama_cpp.measure(tmp_path, Path("m.gguf"), Work(1))
+
+
+def test_plot_is_drawn_or_says_what_is_missing(tmp_path: Path) -> None:
+    said = plot.draw(REPORT, tmp_path / "x.png")
+    drawn = (tmp_path / "x.png").exists()
+    assert drawn == said.startswith("drew")
+    assert drawn or "ollamapy[bench]" in said
+
+
+def test_stream_summary() -> None:
+    first = Stream(sent=0.0, arrivals=[0.1, 0.2, 0.3], tokens=3)
+    second = Stream(sent=0.0, arrivals=[0.3, 0.4, 0.6], tokens=5)
+    found = summary([first, second], seconds=2.0)
+    assert found["tokens_per_s"] == 4.0 and found["users"] == 2
+    assert found["ttft_p50_ms"] == pytest.approx(100.0) and found["ttft_p99_ms"] == pytest.approx(300.0)
+    assert found["gap_p50_ms"] == pytest.approx(100.0) and found["gap_p99_ms"] == pytest.approx(200.0)
+    assert found["decode_per_stream"] == pytest.approx(2 / 0.2)
+    assert math.isnan(percentile([], 50))
+
+
+def test_pieces_of_both_dialects() -> None:
+    assert read_piece("ollama", '{"message": {"content": "a"}, "done": false}') == (True, 0)
+    assert read_piece("ollama", '{"message": {"content": ""}, "done": true, "eval_count": 7}') == (False, 7)
+    with pytest.raises(RuntimeError, match="broken"):
+        read_piece("ollama", '{"error": "broken"}')
+    assert read_piece("openai", 'data: {"choices": [{"delta": {"content": "a"}}]}') == (True, 0)
+    assert read_piece("openai", 'data: {"choices": [], "usage": {"completion_tokens": 9}}') == (False, 9)
+    assert read_piece("openai", "data: [DONE]") == (False, 0)
+    assert read_piece("openai", ": keep-alive") == (False, 0)
+
+
+def test_requests_of_both_dialects() -> None:
+    path, asked = body(Target("http://x", "m", "ollama"), "hi", 5)
+    assert path == "/api/chat" and asked["options"] == {"temperature": 0, "num_predict": 5}
+    path, asked = body(Target("http://x", "m", "openai"), "hi", 5)
+    assert path == "/v1/chat/completions" and asked["max_tokens"] == 5 and asked["stream_options"] == {"include_usage": True}
+    assert len({prompt(number) for number in range(64)}) == 64
+
+
+def test_rows_are_rendered() -> None:
+    lines = render([{"server": "s", "users": 1, "tokens_per_s": 12.34}]).splitlines()
+    assert [cells(line) for line in (lines[0], lines[2])] == [["server", "users", "tokens_per_s"], ["s", "1", "12.3"]]
