@@ -69,11 +69,11 @@ def test_generate(client: ollama.Client) -> None:
     assert (whole.total_duration or 0) >= (whole.load_duration or 0) + (whole.eval_duration or 0)
     assert whole.context is not None and len(whole.context) == 42
     lines = list(client.generate(MODEL, "Why is the sky blue?", stream=True, options=GREEDY))
-    assert [line.model for line in lines] == [MODEL] * len(lines) and len(lines) == 7
+    assert [line.model for line in lines] == [MODEL] * len(lines) and 2 <= len(lines) <= 7  # late tokens share a line
     assert "".join(line.response for line in lines) == whole.response and lines[-1].response == ""
-    assert [line.done for line in lines] == [False] * 6 + [True]
+    assert [line.done for line in lines] == [False] * (len(lines) - 1) + [True]
     assert all(line.eval_count is None and line.context is None for line in lines[:-1])
-    assert lines[-1].context == whole.context
+    assert lines[-1].context == whole.context and lines[-1].eval_count == 6
 
 
 def test_generate_is_chat_with_one_message(client: ollama.Client, daemon: Daemon) -> None:
