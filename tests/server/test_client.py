@@ -42,7 +42,7 @@ def test_models(api: Client) -> None:
 def test_answers(api: Client) -> None:
     api.load(MODEL, "5m")
     lines = list(api.generate(GenerateRequest(model=MODEL, prompt="Hi", options=SHORT)))
-    assert len(lines) == 4 and lines[-1].eval_count == 3
+    assert 2 <= len(lines) <= 4 and lines[-1].eval_count == 3
     (whole,) = api.generate(GenerateRequest(model=MODEL, prompt="Hi", options=SHORT, stream=False))
     assert whole.response == "".join(line.response for line in lines)
     chat = list(api.chat(ChatRequest(model=MODEL, messages=[Message(role="user", content="Hi")], options=SHORT)))

