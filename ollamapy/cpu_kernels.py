@@ -164,6 +164,18 @@ class DecoderLayer:
     eps: float
 
 
+def misfit(layer: DecoderLayer) -> str:
+    """Why `Stack` cannot take a layer, "" when it can."""
+    for part, weight in layer.weights.items():
+        if weight.rows % 16 or weight.columns % 16:
+            return f"{part} is {weight.rows} x {weight.columns}, not of multiples of 16"
+    for inputs in (("q", "k", "v"), ("gate", "up")):
+        if len({layer.weights[part].type in _DENSE for part in inputs if part in layer.weights}) > 1:
+            return f"float and quantized weights among {', '.join(inputs)}"
+    return ""
+
+
+_DENSE = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 _PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 _VECTORS = ("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm", "q_norm", "k_norm", "sinks")
 

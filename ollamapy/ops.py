@@ -123,10 +123,13 @@ _WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
 
 def stack(layers: Sequence[DecoderLayer | None]) -> Any | None:
     """One call for all decoder layers, where the kernels in force have that and every layer fits it; else None."""
-    fused = [layer for layer in layers if layer is not None]
-    if _choice.chosen.get("stack") != "csrc" or len(fused) < len(layers):
+    if _choice.chosen.get("stack") != "csrc":
         return None
-    return _fn["stack"](fused)
+    reasons = [cpu_kernels.misfit(layer) if layer is not None else "routed experts" for layer in layers]
+    if any(reasons):
+        log.info("layers run op by op (%s)", next(filter(None, reasons)))
+        return None
+    return _fn["stack"](layers)
 
 
 def kernels_for(op: str) -> list[Kernel]:

@@ -17,7 +17,7 @@
 namespace ollamapy {
 namespace {
 
-constexpr int kQueryTile = 32;  // query rows of an attention item: they share the loads of keys and values
+constexpr int64_t kQueryTile = 32;  // query rows of an attention item: they share the loads of keys and values
 
 template <class T>
 T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
@@ -48,8 +48,9 @@ Cache checked_cache(const char* op, const Tensor& key, const Tensor& value, cons
 
 void check_shape(const char* op, const AttentionShape& a) {
   STD_TORCH_CHECK(a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0, op, ": ", a.heads, " heads on ", a.kv_heads, " KV heads");
-  STD_TORCH_CHECK(a.key_length > 0 && a.key_length % 16 == 0 && a.value_length > 0 && a.value_length % 16 == 0 && a.value_length <= 256, op,
+  STD_TORCH_CHECK(a.key_length > 0 && a.key_length % 16 == 0 && a.key_length <= 256 && a.value_length > 0 && a.value_length % 16 == 0 && a.value_length <= 256, op,
                   ": head lengths ", a.key_length, " and ", a.value_length, " are not multiples of 16 up to 256");
+  STD_TORCH_CHECK(a.window >= 0, op, ": window ", a.window, " is negative");
 }
 
 // block_table (S, B) int32, query_start (S + 1) int32, seq_lens (S) int32: every block id and length is checked.
@@ -62,11 +63,11 @@ void fill_sequences(const char* op, Paged& p, int64_t num_tokens, const Tensor& 
   const int32_t *table = data<int32_t>(block_table), *start = data<int32_t>(query_start), *lens = data<int32_t>(seq_lens);
   STD_TORCH_CHECK(start[0] == 0 && start[seqs] == num_tokens, op, ": query_start does not span ", num_tokens, " tokens");
   for (int64_t s = 0; s < seqs; s++) {
-    const int32_t rows = start[s + 1] - start[s], used = (lens[s] + 15) / 16;
+    const int64_t rows = int64_t(start[s + 1]) - start[s], used = (int64_t(lens[s]) + 15) / 16;
     STD_TORCH_CHECK(rows >= 0 && rows <= lens[s] && used <= blocks, op, ": sequence ", s, " has ", rows, " rows, ", lens[s], " tokens and ", blocks, " blocks");
-    for (int32_t b = 0; b < used; b++)
+    for (int64_t b = 0; b < used; b++)
       STD_TORCH_CHECK(table[s * blocks + b] >= 0 && table[s * blocks + b] < p.num_blocks, op, ": block ", table[s * blocks + b], " is not one of ", p.num_blocks);
-    for (int32_t row = 0; row < rows; row += kQueryTile) p.items.push_back({int32_t(s), row, std::min(row + kQueryTile, rows)});
+    for (int64_t row = 0; row < rows; row += kQueryTile) p.items.push_back({int32_t(s), int32_t(row), int32_t(std::min(row + kQueryTile, rows))});
   }
   // The longest work first, so that threads end together.
   std::stable_sort(p.items.begin(), p.items.end(), [&](const AttendItem& a, const AttendItem& b) {
@@ -208,6 +209,8 @@ int64_t layer_new(std::vector<Tensor> tiles, std::vector<int64_t> types, std::ve
   l.temper = facts[kTemper] != 0;
   l.eps = float(eps);
   STD_TORCH_CHECK(l.n_rot >= 0 && l.n_rot % 2 == 0 && l.n_rot <= l.attention.key_length, "layer_new: n_rot ", l.n_rot);
+  STD_TORCH_CHECK(l.rope_kind >= kRopeNone && l.rope_kind <= kRopePairs, "layer_new: rope kind ", l.rope_kind);
+  STD_TORCH_CHECK(l.rope_index >= 0, "layer_new: rope index ", l.rope_index);
   Registry& r = registry();
   std::lock_guard<std::mutex> hold(r.lock);
   r.layers[++r.last] = std::move(made);

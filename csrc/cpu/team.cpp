@@ -77,18 +77,40 @@ void* current_argument;
 int current_count, started = 1;
 std::mutex one_caller;
 
-void* helper(void* index) {
-  const int thread = int(reinterpret_cast<intptr_t>(index));
-  uint32_t seen = 0;
-  for (;;) {
+struct Birth {
+  int thread;
+  uint32_t seen;  // the runs before this helper was there are none of its business
+};
+
+void* helper(void* argument) {
+  const auto [thread, born] = *static_cast<Birth*>(argument);
+  delete static_cast<Birth*>(argument);
+  for (uint32_t seen = born;;) {
     start.wait_beyond(seen, kIdleSpins);
     seen += 1;
-    if (thread < current_count) {
-      current_work(current_argument, thread, current_count);
-    }
+    if (thread < current_count) current_work(current_argument, thread, current_count);
     if (finished.fetch_add(1) + 1 == started - 1) done.raise();
   }
   return nullptr;
+}
+
+// A helper more. Helpers must take no signals: Python's handlers belong to the main thread.
+bool start_helper() {
+  static const int forked = pthread_atfork(nullptr, nullptr, [] { started = 1; });  // threads do not follow into a child
+  auto* birth = new Birth{started, start.value.load()};
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  pthread_t id;
+  const int failed = forked ? forked : pthread_create(&id, nullptr, helper, birth);
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (failed) {
+    delete birth;
+    return false;
+  }
+  pthread_detach(id);
+  started += 1;
+  return true;
 }
 }  // namespace
 
@@ -112,18 +134,9 @@ void run(int count, Work work, void* argument) {
   if (count > kMaxThreads) count = kMaxThreads;
   if (count <= 1) return work(argument, 0, 1);
   std::lock_guard<std::mutex> only(one_caller);
-  while (started < count) {
-    // Helpers must take no signals: Python's handlers belong to the main thread.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    pthread_t id;
-    const int failed = pthread_create(&id, nullptr, helper, reinterpret_cast<void*>(intptr_t(started)));
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    if (failed) { count = started; break; }
-    pthread_detach(id);
-    started += 1;
-  }
+  while (started < count)
+    if (!start_helper()) count = started;
+  if (count == 1) return work(argument, 0, 1);
   current_work = work;
   current_argument = argument;
   current_count = count;

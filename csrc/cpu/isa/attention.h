@@ -169,8 +169,11 @@ void attend_block(const PagedHead<C>& h, const AttendRow* rows) {
   int low[R], high[R], first = h.length, last = 0;
   for (int r = 0; r < R; r++) {
     running[r] = {-__builtin_inff(), 0.0f};
-    high[r] = a.causal ? rows[r].position + 1 : h.length;
-    low[r] = a.window > 0 && high[r] > a.window ? high[r] - a.window : 0;
+    // A window is the last keys, itself included; without causality, half of it on either side.
+    const int p = rows[r].position, ahead = a.causal ? 0 : a.window > 0 ? a.window / 2 : h.length;
+    const int behind = a.window == 0 ? p : a.causal ? a.window - 1 : a.window / 2;
+    high[r] = ahead < h.length - p ? p + ahead + 1 : h.length;
+    low[r] = behind < p ? p - behind : 0;
     first = low[r] < first ? low[r] : first;
     last = high[r] > last ? high[r] : last;
   }

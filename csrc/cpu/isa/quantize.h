@@ -21,7 +21,8 @@ INLINE Activation activation(const uint8_t* row, int64_t k) {
   return {(const int8_t*)row, f, (const int32_t*)(f + groups), (const int32_t*)(f + 2 * groups), f + 4 * groups, f + 5 * groups};
 }
 
-// q = round(x * 127 / max|x|) per 32, never -128
+// q = round(x * 127 / max|x|) per 32, never -128. A group with an infinity or a NaN gets a NaN for its scale, so that all outputs
+// of the row are NaN and no other row's; one whose 127 / max|x| would not be finite (below 4e-37) counts as zeros.
 INLINE void quantize_row(const float* x, int64_t k, uint8_t* row) {
   const int64_t groups = k / 32;
   int8_t* q = (int8_t*)row;
@@ -30,10 +31,19 @@ INLINE void quantize_row(const float* x, int64_t k, uint8_t* row) {
   float *sum32 = f + 4 * groups, *sum16 = f + 5 * groups;
   for (int64_t g = 0; g < groups; g++) {
     const F low = load(x + 32 * g), high = load(x + 32 * g + 16);
-    const float top = reduce_max(max(abs(low), abs(high)));
-    // |x * inverse| can pass 127 only by rounding (127.00001), which still rounds to 127
-    const float inverse = top > 0 ? 127.0f / top : 0.0f, scale = top / 127.0f;
-    const int32_t sums[2] = {store_rounded(q + 32 * g, mul(low, splat(inverse))), store_rounded(q + 32 * g + 16, mul(high, splat(inverse)))};
+    const float top = top_magnitude(low, high);
+    int32_t sums[2] = {0, 0};
+    float scale = 0.0f;
+    if (top > 4e-37f && top < __builtin_inff()) {
+      // |x * inverse| can pass 127 only by rounding (127.00001), which still rounds to 127
+      const F inverse = splat(127.0f / top);
+      scale = top / 127.0f;
+      sums[0] = store_rounded(q + 32 * g, mul(low, inverse));
+      sums[1] = store_rounded(q + 32 * g + 16, mul(high, inverse));
+    } else {
+      memset(q + 32 * g, 0, 32);
+      if (!(top < __builtin_inff())) scale = __builtin_nanf("");
+    }
     f[g] = scale;
     neg32[g] = -(sums[0] + sums[1]);
     neg16[2 * g] = -sums[0];

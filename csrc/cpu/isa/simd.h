@@ -75,7 +75,12 @@ INLINE F keep_lanes(F a, int begin, int end, float other) {
   return {_mm512_mask_mov_ps(_mm512_set1_ps(other), __mmask16(low & high), a.v)};
 }
 INLINE F exp2_scale(F p, F n) { return {_mm512_scalef_ps(p.v, n.v)}; }
-INLINE F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+// max(|a|, |b|) over all lanes; as bit patterns, so that infinity and then NaN pass everything finite
+INLINE float top_magnitude(F a, F b) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(
+      _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a.v), magnitude), _mm512_and_si512(_mm512_castps_si512(b.v), magnitude))))));
+}
 // rounds to nearest even, stores 16 int8, returns their sum; |a| <= 127
 INLINE int32_t store_rounded(int8_t* p, F a) {
   const __m512i n = _mm512_cvtps_epi32(a.v);
@@ -180,9 +185,13 @@ INLINE __m256 exp2_scale_half(__m256 p, __m256 n) {
   return _mm256_mul_ps(p, one);
 }
 INLINE F exp2_scale(F p, F n) { return {exp2_scale_half(p.a, n.a), exp2_scale_half(p.b, n.b)}; }
-INLINE F abs(F x) {
-  const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  return {_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
+INLINE float top_magnitude(F x, F y) {
+  const __m256i m = _mm256_set1_epi32(0x7fffffff);
+  const auto magnitude = [m](__m256 v) { return _mm256_and_si256(_mm256_castps_si256(v), m); };
+  const __m256i top = _mm256_max_epi32(_mm256_max_epi32(magnitude(x.a), magnitude(x.b)), _mm256_max_epi32(magnitude(y.a), magnitude(y.b)));
+  __m128i t = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+  t = _mm_max_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(t, _mm_shuffle_epi32(t, 0xb1))));
 }
 INLINE int32_t store_rounded(int8_t* p, F x) {
   const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
@@ -277,7 +286,15 @@ INLINE F exp2_scale(F p, F n) {
   return p;
 }
 INLINE F round_even(F a) { for (int i = 0; i < 16; i++) a.v[i] = __builtin_rintf(a.v[i]); return a; }
-INLINE F abs(F a) { for (int i = 0; i < 16; i++) a.v[i] = __builtin_fabsf(a.v[i]); return a; }
+INLINE float top_magnitude(F a, F b) {
+  int32_t x[32], top = 0;
+  memcpy(x, &a.v, 64);
+  memcpy(x + 16, &b.v, 64);
+  for (int i = 0; i < 32; i++) top = (x[i] & 0x7fffffff) > top ? x[i] & 0x7fffffff : top;
+  float f;
+  memcpy(&f, &top, 4);
+  return f;
+}
 INLINE int32_t store_rounded(int8_t* p, F a) { int32_t sum = 0; for (int i = 0; i < 16; i++) { p[i] = int8_t(__builtin_rintf(a.v[i])); sum += p[i]; } return sum; }
 #endif
 

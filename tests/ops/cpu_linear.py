@@ -1,0 +1,179 @@
+"""Checks of packing and of `linear` on packed weights, against float64 and an int8 rule of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ollamapy import cpu_kernels, reference
+from ollamapy.gguf.types import TYPES, GGMLType
+from ollamapy.quant.dequant import dequantize
+from ollamapy.quant.tensor import QuantTensor
+from tests.quant.test_dequant import HALVES, random_blocks
+
+CPU = torch.device("cpu")
+DENSE = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+QUANTIZED = sorted(cpu_kernels.PACKED - set(DENSE))
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 130)
+ROUNDING = 2.0**-24  # of one float32 operation
+
+
+def make_weight(type: GGMLType, rows: int, blocks: int, seed: int = 0) -> QuantTensor:
+    """Random bits, finite scales of every size."""
+    info = TYPES[type]
+    data = random_blocks(type, rows * blocks, seed)
+    if type is GGMLType.MXFP4:  # exponents up to 2^127 overflow in any order
+        data[:, 0] = 90 + data[:, 0] % 60
+    return QuantTensor(torch.from_numpy(data.reshape(rows, -1)), type, (rows, blocks * info.block_size))
+
+
+def columns(type: GGMLType) -> tuple[int, ...]:
+    """Blocks of a row: one, a few, and across the edge of a panel of 512."""
+    if type in DENSE:
+        return (1, 7, 33, 100)
+    return (1, 2, 3, 17) if TYPES[type].block_size == 32 else (1, 2, 3)
+
+
+def activations(rows: int, width: int, seed: int = 0) -> Tensor:
+    """Rows of very different sizes: zeros, one spike, tiny, huge, and plain ones."""
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    kinds = [
+        None,
+        lambda row: row.zero_(),
+        lambda row: row[1:].zero_(),
+        lambda row: row.mul_(1e-30),
+        lambda row: row.mul_(1e20),
+    ]
+    for i in range(rows):
+        change = kinds[i % 9] if i % 9 < len(kinds) else None
+        if change is not None:
+            change(x[i])
+    if rows > 6:
+        x[6, width // 2] = 3000.0
+    return x
+
+
+def int8_activations(x: Tensor) -> Tensor:
+    """What quantized weights see of x (m, K) float32: int8 per 32 times a float32 scale, as float64."""
+    groups = x.numpy().reshape(x.shape[0], -1, 32)
+    top = np.abs(groups).max(-1, keepdims=True)
+    seen = top > np.float32(4e-37)
+    factor = np.divide(np.float32(127), top, out=np.zeros_like(top), where=seen)
+    scale = np.where(seen, top / np.float32(127), np.float32(0))
+    quants = np.rint(groups * factor)
+    assert np.abs(quants).max() <= 127
+    return torch.from_numpy((quants.astype(np.float64) * scale.astype(np.float64)).reshape(x.shape))
+
+
+def spread(weight: QuantTensor) -> Tensor:
+    """|scale x quant| + |min| of each weight (N, K) float64: what the sums of a group are made of."""
+    whole = weight.dequantize().double()
+    fields = HALVES.get(weight.type, ())
+    if len(fields) < 2:
+        return whole.abs()
+    blocks = weight.data.view(-1, TYPES[weight.type].type_size).clone()
+    blocks[:, fields[1] : fields[1] + 2] = 0
+    scaled = dequantize(blocks, weight.type, weight.shape).double()
+    return scaled.abs() + (whole - scaled).abs()
+
+
+def rounding_bound(weight: QuantTensor, seen: Tensor) -> Tensor:
+    """(m, N): float32 rounding of the sum over groups of 32. At most four additions a group, each with a product that the
+    portable kernels round too, and six roundings inside a term (its scales, and the decoded weight compared with)."""
+    operations = 2 * weight.shape[1] if weight.type in DENSE else 8 * (weight.shape[1] // 32)
+    return (operations + 6) * ROUNDING * (seen.abs() @ spread(weight).T) + 1e-37
+
+
+def check_pack() -> None:
+    ops = cpu_kernels.kernels()
+    for type in sorted(cpu_kernels.PACKED):
+        for rows in (1, 15, 16, 17, 37):
+            for blocks in columns(type):
+                weight = make_weight(type, rows, blocks)
+                tiles = ops.pack_weight(weight.data, int(type), weight.shape[1])
+                assert tiles.shape == (-(-rows // 16), 16 * weight.data.shape[1])
+                back = ops.unpack_weight(tiles, int(type), rows, weight.shape[1])
+                assert torch.equal(back, weight.data), (type.name, rows, blocks)
+        weight = make_weight(type, 1000, 3)
+        packed = cpu_kernels.prepare_linear(weight, CPU)
+        assert weight.nbytes <= packed.data.numel() <= 1.03 * weight.nbytes
+
+
+def _cases(types: list[GGMLType]) -> Iterator[tuple[QuantTensor, cpu_kernels.Packed]]:
+    for type in types:
+        for blocks, rows in zip(columns(type), (37, 1, 100, 17), strict=False):
+            weight = make_weight(type, rows, blocks, seed=blocks)
+            yield weight, cpu_kernels.prepare_linear(weight, CPU)
+
+
+def _share(got: Tensor, expected: Tensor, bound: Tensor) -> float:
+    return float(((got.double() - expected).abs() / bound).max())
+
+
+def check_values() -> dict[str, tuple[float, float]]:
+    """Type -> largest error as a share of the rounding bound, and of the int8 bound to float activations."""
+    worst: dict[str, tuple[float, float]] = {}
+    for weight, packed in _cases(sorted(cpu_kernels.PACKED)):
+        x = activations(130, weight.shape[1])
+        dense = weight.type in DENSE
+        seen = x.double() if dense else int8_activations(x)
+        wide, bias = weight.dequantize().double(), torch.randn(weight.shape[0])
+        bound = rounding_bound(weight, seen)
+        error = torch.zeros_like(bound)
+        if not dense:  # half a step, of max / 127 per 32, for each weight; and the groups that count as zeros
+            step = x.double().view(130, -1, 32).abs().amax(-1) / 254 * (1 + 1e-6) + 4e-37
+            error = step @ wide.abs().view(weight.shape[0], -1, 32).sum(-1).T
+        expected, plain = seen @ wide.T, reference.linear(x, weight.dequantize())
+        plain_bound = bound + error + rounding_bound(weight, x.double())
+        shares = worst.get(weight.type.name, (0.0, 0.0))
+        for rows in ROWS:
+            got = cpu_kernels.linear(x[:rows], packed)
+            assert got.shape == (rows, weight.shape[0])
+            here = _share(got, expected[:rows], bound[:rows]), _share(got, plain[:rows].double(), plain_bound[:rows])
+            shares = max(shares[0], here[0]), max(shares[1], here[1])
+        worst[weight.type.name] = shares
+        assert max(shares) <= 1.0, (weight.type.name, weight.shape, shares)
+        with_bias = cpu_kernels.linear(x, packed, bias)
+        assert torch.equal(with_bias, cpu_kernels.linear(x, packed) + bias)
+    return worst
+
+
+def check_rows_are_alone() -> None:
+    """A row's bits are the same alone, in any batch, beside anything, on any number of threads."""
+    for weight, packed in _cases(sorted(cpu_kernels.PACKED)):
+        x = activations(130, weight.shape[1], seed=1)
+        whole = cpu_kernels.linear(x, packed)
+        for rows in ROWS:
+            for first in {0, 130 - rows, (130 - rows) // 2}:
+                assert torch.equal(cpu_kernels.linear(x[first : first + rows], packed), whole[first : first + rows]), (
+                    weight.type
+                )
+        for threads in (1, 3):
+            cpu_kernels.kernels().set_threads(threads)
+            assert torch.equal(cpu_kernels.linear(x, packed), whole)
+            assert torch.equal(cpu_kernels.linear(x[:1], packed), whole[:1])
+        cpu_kernels.kernels().set_threads(2)
+
+
+def check_bad_numbers() -> None:
+    """Infinities and NaN in a row of x make that row NaN (or infinite), and touch no other."""
+    for weight, packed in _cases(sorted(cpu_kernels.PACKED)):
+        x = activations(9, weight.shape[1], seed=2)
+        whole = cpu_kernels.linear(x, packed)
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            for rows in (1, 4, 9):
+                marred = x[:rows].clone()
+                marred[rows // 2, weight.shape[1] // 2] = bad
+                got = cpu_kernels.linear(marred, packed)
+                others = [i for i in range(rows) if i != rows // 2]
+                assert not torch.isfinite(got[rows // 2]).any() or weight.type in DENSE, weight.type
+                assert not (torch.isfinite(got[rows // 2]) & (weight.dequantize()[:, weight.shape[1] // 2] != 0)).any()
+                assert torch.equal(got[others], whole[others]), weight.type
+
+
+def checks() -> list[Any]:
+    return [check_pack, check_values, check_rows_are_alone, check_bad_numbers]
