@@ -2,8 +2,9 @@
 
     python -m bench.cpu [--models smollm2,gemma3,...] [--short] [--into bench/results/cpu.json]
 
-llama.cpp's tools are taken from the folder LLAMA_CPP_BIN; without it only our own columns are filled. Every measurement is a
-process of its own. `--into` adds to a report that is there, so that files can be measured in several sittings.
+llama.cpp's tools are taken from the folder LLAMA_CPP_BIN, vLLM servers from VLLM_URL (see vllm.py); without them only our own
+columns are filled. Every measurement is a process of its own. `--into` adds to a report that is there, so that files can be
+measured in several sittings.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import figures, llama_cpp, machine, plot, table
+from bench import figures, llama_cpp, machine, plot, table, vllm
 from bench.figures import Samples, Work
 from bench.make_model import SHAPES, make
 from ollamapy.lifecycle.devices import physical_cores
@@ -53,9 +54,22 @@ def run_ours(path: Path, work: Work, golden_name: str = "") -> dict[str, Any]:
     return found
 
 
-def measure(name: str, path: Path, works: list[Work], turns: str, peer: Path | None) -> dict[str, Any]:
-    """One row of the report. `turns`: who measures when, A is ours and B llama.cpp."""
-    before, ours, theirs = machine.load_average(), [], []
+def peers_of(name: str, path: Path) -> dict[str, Callable[[Work], Samples]]:
+    """What the environment names: llama.cpp's folder of tools, vLLM servers of this model."""
+    found: dict[str, Callable[[Work], Samples]] = {}
+    folder, url = os.environ.get("LLAMA_CPP_BIN"), vllm.addresses().get(name)
+    if folder:
+        found[llama_cpp.NAME] = lambda work: llama_cpp.measure(Path(folder), path, work)
+    if url:
+        found[vllm.NAME] = lambda work: vllm.measure(url, work) if work.threads > 1 else {}
+    return found
+
+
+def measure(name: str, path: Path, works: list[Work], turns: str) -> dict[str, Any]:
+    """One row of the report. `turns`: who measures when, A is ours and B the peers."""
+    before, ours = machine.load_average(), []
+    theirs: dict[str, list[Samples]] = {}
+    peers = peers_of(name, path)
     facts: dict[str, Any] = {}
     loads: list[float] = []
 
@@ -69,11 +83,11 @@ def measure(name: str, path: Path, works: list[Work], turns: str, peer: Path | N
         for index, work in enumerate(works):
             if turn == "A":
                 our_turn(work, first=number == index == 0)
-            elif peer is not None:
-                theirs.append(llama_cpp.measure(peer, path, work))
+            else:
+                for engine, run in peers.items():
+                    theirs.setdefault(engine, []).append(run(work))
     engines: dict[str, Samples] = {OURS: figures.merge(ours)}
-    if peer is not None:
-        engines[llama_cpp.NAME] = figures.merge(theirs)
+    engines |= {engine: figures.merge(samples) for engine, samples in theirs.items()}
     row = {"name": name, "file": path.name, **facts, "load_seconds": statistics.median(loads), "engines": engines}
     if "kl" in row:
         row["kl"] = {OURS: row["kl"], llama_cpp.NAME: golden(GOLDEN[name])[llama_cpp.NAME]["mean_kl"]}
@@ -83,8 +97,7 @@ def measure(name: str, path: Path, works: list[Work], turns: str, peer: Path | N
 
 def report(names: list[str], works: list[Work], options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Measures and returns what is saved. Models that a report at `options.into` has already are kept."""
-    peer = Path(os.environ["LLAMA_CPP_BIN"]) if os.environ.get("LLAMA_CPP_BIN") else None
-    if peer is None:
+    if not os.environ.get("LLAMA_CPP_BIN"):
         say("LLAMA_CPP_BIN is not set: nothing to compare with")
     old: dict[str, Any] = json.loads(options.into.read_text()) if options.into and options.into.exists() else {}
     limits = machine.limits(options.threads)
@@ -94,7 +107,7 @@ def report(names: list[str], works: list[Work], options: argparse.Namespace, say
     done = {row["name"]: row for row in old.get("models", [])}
     for name in names:
         path, start = model_path(name, options.folder), time.perf_counter()
-        done[name] = measure(name, path, works, options.turns, peer)
+        done[name] = measure(name, path, works, options.turns)
         say(f"{name}: {time.perf_counter() - start:.0f} s, load average {done[name]['load_average']}")
     columns = list(dict.fromkeys([*old.get("columns", []), *(column for work in works for column in work.columns)]))
     order = [name for name in MODELS if name in done]
@@ -107,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--repeats", type=int, default=3, help="of each column in each turn")
-    parser.add_argument("--turns", default="ABA", help="A: ollamapy, B: llama.cpp")
+    parser.add_argument("--turns", default="ABA", help="A: ollamapy, B: peers")
     parser.add_argument("--short", action="store_true", help="the real models, prefill and one sequence")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "ollamapy" / "bench", help="of random models")
     parser.add_argument("--into", type=Path, help="report to write or to add to (default: results/cpu-TIME.json)")

@@ -10,6 +10,7 @@ from typing import Any
 from bench.figures import BATCH_DECODE, BATCH_PROMPT, DECODE, PREFILL, PROMPT, Samples, Work, batch_column
 
 NAME = "llama.cpp"
+BATCHED_RUNS = 2  # of llama-batched-bench in a turn: each prefills every batch anew, 10 to 20 s
 
 
 class PeerError(Exception):
@@ -23,7 +24,7 @@ def measure(folder: Path, model: Path, work: Work) -> Samples:
         prompt, generated = PROMPT * work.prefill, DECODE * work.single
         for row in bench(folder, model, work, prompt, generated):
             samples[PREFILL if row["n_prompt"] else work.single_column] = row["samples_ts"]
-    for _ in range(work.repeats if work.batches else 0):
+    for _ in range(BATCHED_RUNS if work.batches else 0):
         for row in batched_bench(folder, model, work):
             samples.setdefault(batch_column(row["pl"]), []).append(row["speed_tg"])
     return samples

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import figures
 
-WIDTH = 0.38  # of a bar, in steps of the axis
+WIDTH = 0.8  # of all bars of a column, in steps of the axis
 
 
 def draw(report: Mapping[str, Any], target: Path) -> str:
@@ -36,12 +36,13 @@ def draw(report: Mapping[str, Any], target: Path) -> str:
 
 def _panel(panel: Any, model: Mapping[str, Any], columns: list[str]) -> None:
     engines: Mapping[str, Mapping[str, list[float]]] = model["engines"]
+    width = WIDTH / len(engines)
     for number, (engine, samples) in enumerate(engines.items()):
         heights = [figures.median(samples, column) or 0.0 for column in columns]
         lows = [height - min(samples.get(column, [0.0])) for height, column in zip(heights, columns, strict=True)]
         highs = [max(samples.get(column, [0.0])) - height for height, column in zip(heights, columns, strict=True)]
-        places = [index + (number - (len(engines) - 1) / 2) * WIDTH for index in range(len(columns))]
-        bars = panel.bar(places, heights, WIDTH, yerr=[lows, highs], capsize=2, label=engine)
+        places = [index + (number - (len(engines) - 1) / 2) * width for index in range(len(columns))]
+        bars = panel.bar(places, heights, width, yerr=[lows, highs], capsize=2, label=engine)
         panel.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=7, padding=2)
     panel.set_xticks(range(len(columns)), columns, fontsize=8)
     panel.set_yscale("log")

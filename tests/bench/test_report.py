@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import figures, llama_cpp, plot, table
+from bench import figures, llama_cpp, plot, table, vllm
 from bench.figures import Work
 from bench.serve_http import Stream, Target, body, percentile, prompt, read_piece, render, summary
 
@@ -138,3 +138,15 @@ def test_requests_of_both_dialects() -> None:
 def test_rows_are_rendered() -> None:
     lines = render([{"server": "s", "users": 1, "tokens_per_s": 12.34}]).splitlines()
     assert [cells(line) for line in (lines[0], lines[2])] == [["server", "users", "tokens_per_s"], ["s", "1", "12.3"]]
+
+
+def test_vllm_servers_are_named_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_URL", "smollm2=http://127.0.0.1:8000/, gemma3=http://127.0.0.1:8001")
+    assert vllm.addresses() == {"smollm2": "http://127.0.0.1:8000", "gemma3": "http://127.0.0.1:8001"}
+    monkeypatch.delenv("VLLM_URL")
+    assert vllm.addresses() == {}
+
+
+def test_vllm_that_is_not_there_is_told() -> None:
+    with pytest.raises(llama_cpp.PeerError, match=r"http://127\.0\.0\.1:1: "):
+        vllm.measure("http://127.0.0.1:1", Work(2))
