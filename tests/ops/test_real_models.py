@@ -1,0 +1,125 @@
+"""The C++ kernels on the real files: as close to the float32 model as llama.cpp or closer, and the promise that a request's
+logits do not depend, by a single bit, on what it is batched with, how its prompt was cut, or whether blocks were reused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ollamapy import extension, ops
+from ollamapy.gguf.reader import GGUFFile
+from ollamapy.models.decoder import Decoder
+from ollamapy.models.load import load_model
+from tests.conftest import DATA, golden
+from tests.models.paged import Paged
+from tests.models.test_golden import kl_to_golden
+
+NAMES = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
+REQUESTS = 64
+
+
+@pytest.fixture(scope="module", params=list(NAMES))
+def named(request: pytest.FixtureRequest) -> Iterator[tuple[str, Decoder]]:
+    if extension.load() is None:
+        pytest.skip(extension.status())
+    path: Path = request.getfixturevalue(f"{request.param}_path")
+    with GGUFFile.open(path) as file:
+        model = load_model(file, torch.device("cpu"), kernels="csrc")
+    assert ops.chosen()["stack"] == "csrc" and ops.chosen()["linear"] == "csrc"
+    yield NAMES[request.param], model
+
+
+@pytest.fixture(params=[torch.float16], ids=["f16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    ops.choose(torch.device("cpu"), "csrc")  # again: each test here begins with the reference kernels
+    found: torch.dtype = request.param
+    return found
+
+
+def test_not_farther_from_the_float32_model_than_llama_cpp(named: tuple[str, Decoder], dtype: torch.dtype) -> None:
+    name, model = named
+    with np.load(DATA / f"{name}.npz") as data:
+        ids = data["ids"].tolist()
+        top = torch.from_numpy(data["top_ids"]).long()
+        expected = torch.from_numpy(data["top_logprobs"]).double()
+    paged = Paged(model, dtype=dtype)
+    hidden = torch.cat([paged.run({"text": ids[:300]})["text"], paged.run({"text": ids[300:]})["text"]])
+    kl = torch.cat(
+        [kl_to_golden(model.logits(hidden[i : i + 64]), top[i : i + 64], expected[i : i + 64]) for i in range(0, len(top), 64)]
+    )
+    theirs = golden(name)["llama.cpp"]["mean_kl"]
+    print(f"{name}: mean KL {kl.mean():.2e}, llama.cpp {theirs:.2e}")
+    assert kl.mean() <= theirs
+
+
+class Requests:
+    """Texts of 64 requests, and the hidden states of each when it runs alone, whole."""
+
+    def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
+        random_ = random.Random(0)
+        vocabulary = model.config.vocab_size
+        shared = [random_.randrange(vocabulary) for _ in range(48)]
+        self.texts: dict[str, list[int]] = {}
+        for i in range(REQUESTS):
+            own = [random_.randrange(vocabulary) for _ in range(random_.choice([1, 2, 5, 15, 16, 17, 30, 60]))]
+            self.texts[str(i)] = shared + own if i % 4 == 0 else own
+        self.alone: dict[str, Tensor] = {}
+        for name, ids in self.texts.items():
+            self.alone[name] = Paged(model, num_blocks=8, dtype=dtype).run({name: [*ids, *self.answer(name)]})[name]
+
+    def answer(self, name: str) -> list[int]:
+        """Four tokens that are decoded one by one."""
+        return [(int(name) * 7919 + i) % 1000 for i in range(4)]
+
+
+def _prefill(paged: Paged, requests: Requests, rng: random.Random) -> None:
+    """All prompts in pieces of random sizes, some of them together; requests that share a beginning reuse its blocks."""
+    left = {name: list(ids) for name, ids in requests.texts.items()}
+    first = next(name for name in requests.texts if int(name) % 4 == 0)
+    _check(paged.run({first: left.pop(first)}), requests, paged)
+    for name in left:
+        if int(name) % 4 == 0:  # 48 tokens are three whole blocks
+            paged.tables[name], paged.lengths[name] = paged.tables[first][:3], 48
+            del left[name][:48]
+    while left:
+        fed = {}
+        for name in rng.sample(list(left), min(len(left), rng.choice([1, 3, 20, 64]))):
+            size = rng.choice([1, 4, 17, 100])
+            fed[name], left[name] = left[name][:size], left[name][size:]
+            if not left[name]:
+                del left[name]
+        _check(paged.run(fed), requests, paged)
+
+
+def _check(found: dict[str, Tensor], requests: Requests, paged: Paged) -> None:
+    for name, rows in found.items():
+        end = paged.lengths[name]
+        assert torch.equal(rows, requests.alone[name][end - len(rows) : end]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batch_mates_chunks_and_reused_blocks_change_no_bit(
+    named: tuple[str, Decoder], dtype: torch.dtype, threads: int
+) -> None:
+    _, model = named
+    ops.set_threads(2)
+    requests = Requests(model, dtype)
+    ops.set_threads(threads)
+    rng = random.Random(threads)
+    paged = Paged(model, num_blocks=420, dtype=dtype, seed=threads)
+    _prefill(paged, requests, rng)
+    for step in range(4):
+        order = rng.sample(list(requests.texts), REQUESTS)
+        rows = paged.run({name: [requests.answer(name)[step]] for name in order})
+        _check(rows, requests, paged)
+    together = model.logits(torch.cat(list(rows.values())))
+    for i, name in enumerate(rows):
+        if i % 8 == 0:
+            assert torch.equal(together[i : i + 1], model.logits(requests.alone[name][-1:]))
+    ops.set_threads(2)
