@@ -21,6 +21,7 @@ def load_build():
     """ollamapy/_build.py, without importing the package around it."""
     spec = importlib.util.spec_from_file_location("_build", ROOT / "ollamapy" / "_build.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
