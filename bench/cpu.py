@@ -24,6 +24,7 @@ from typing import Any
 from bench import figures, llama_cpp, machine, plot, table, vllm
 from bench.figures import Samples, Work
 from bench.make_model import SHAPES, make
+from bench.quiet import Quiet
 from ollamapy.lifecycle.devices import physical_cores
 from tests import real_models
 from tests.conftest import golden
@@ -65,7 +66,7 @@ def peers_of(name: str, path: Path) -> dict[str, Callable[[Work], Samples]]:
     return found
 
 
-def measure(name: str, path: Path, works: list[Work], turns: str) -> dict[str, Any]:
+def measure(name: str, path: Path, works: list[Work], turns: str, quiet: Quiet) -> dict[str, Any]:
     """One row of the report. `turns`: who measures when, A is ours and B the peers."""
     before, ours = machine.load_average(), []
     theirs: dict[str, list[Samples]] = {}
@@ -74,7 +75,7 @@ def measure(name: str, path: Path, works: list[Work], turns: str) -> dict[str, A
     loads: list[float] = []
 
     def our_turn(work: Work, first: bool) -> None:
-        found = run_ours(path, work, GOLDEN.get(name, "") if first else "")
+        found = quiet.run(lambda: run_ours(path, work, GOLDEN.get(name, "") if first else ""))
         ours.append(found.pop("samples"))
         loads.append(found.pop("load_seconds"))
         facts.update(found)
@@ -85,13 +86,14 @@ def measure(name: str, path: Path, works: list[Work], turns: str) -> dict[str, A
                 our_turn(work, first=number == index == 0)
             else:
                 for engine, run in peers.items():
-                    theirs.setdefault(engine, []).append(run(work))
+                    theirs.setdefault(engine, []).append(quiet.run(lambda run=run, work=work: run(work)))  # type: ignore[misc]
     engines: dict[str, Samples] = {OURS: figures.merge(ours)}
     engines |= {engine: figures.merge(samples) for engine, samples in theirs.items()}
     row = {"name": name, "file": path.name, **facts, "load_seconds": statistics.median(loads), "engines": engines}
     if "kl" in row:
         row["kl"] = {OURS: row["kl"], llama_cpp.NAME: golden(GOLDEN[name])[llama_cpp.NAME]["mean_kl"]}
     row["load_average"] = [before, machine.load_average()]
+    row["others_cpu"] = max(quiet.others)
     return row
 
 
@@ -107,8 +109,9 @@ def report(names: list[str], works: list[Work], options: argparse.Namespace, say
     done = {row["name"]: row for row in old.get("models", [])}
     for name in names:
         path, start = model_path(name, options.folder), time.perf_counter()
-        done[name] = measure(name, path, works, options.turns)
-        say(f"{name}: {time.perf_counter() - start:.0f} s, load average {done[name]['load_average']}")
+        done[name] = measure(name, path, works, options.turns, Quiet(options.patience))
+        seconds, others = time.perf_counter() - start, done[name]["others_cpu"]
+        say(f"{name}: {seconds:.0f} s, load average {done[name]['load_average']}, others used up to {others:.1%} of the cores")
     columns = list(dict.fromkeys([*old.get("columns", []), *(column for work in works for column in work.columns)]))
     order = [name for name in MODELS if name in done]
     rows = [done[name] for name in order]
@@ -121,6 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--repeats", type=int, default=3, help="of each column in each turn")
     parser.add_argument("--turns", default="ABA", help="A: ollamapy, B: peers")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, per model")
     parser.add_argument("--short", action="store_true", help="the real models, prefill and one sequence")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "ollamapy" / "bench", help="of random models")
     parser.add_argument("--into", type=Path, help="report to write or to add to (default: results/cpu-TIME.json)")
@@ -135,7 +139,9 @@ def main() -> None:
         raise SystemExit(f"unknown models {', '.join(sorted(unknown))} (known: {', '.join(MODELS)})")
     work = Work(options.threads, options.repeats)
     alone = Work(1, options.repeats, prefill=False, batches=())
-    works = [replace(work, batches=())] if options.short else [work, alone] if options.threads > 1 else [work]
+    works = [replace(work, batches=())]
+    if not options.short:
+        works += [replace(work, prefill=False, single=False)] + [alone] * (options.threads > 1)
     try:
         found = report(names, works, options, lambda text: print(text, file=sys.stderr, flush=True))
     except llama_cpp.PeerError as problem:
