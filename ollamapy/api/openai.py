@@ -113,7 +113,6 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
         {
             "tools": bool(request.tools or request.functions),
             "tool_choice": request.tool_choice not in (None, "none", "auto"),
-            "response_format": request.response_format.get("type", "text") != "text",
             "modalities other than text": any(modality != "text" for modality in request.modalities),
         }
     )
@@ -121,6 +120,7 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
         model=request.model,
         messages=[message for given in request.messages for message in _messages(given, request.messages)],
         stream=request.stream,
+        format=_format(request.response_format),
         options=_options(request, request.max_completion_tokens),
         keep_alive=request.keep_alive,
         think=_think(request),
@@ -200,6 +200,22 @@ def _options(request: Sampled, max_completion_tokens: int | None = None) -> dict
         "stop": [text for text in stop if isinstance(text, str)] if isinstance(stop, list) else None,
     }
     return {**{name: value for name, value in given.items() if value is not None}, **request.options}
+
+
+def _format(given: dict[str, Any]) -> Any:
+    """Ollama's `format`. Schemas are always strict."""
+    kind = given.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return "json"
+    if kind != "json_schema":
+        raise BadRequest(f"invalid response_format type: {kind!r} (must be 'text', 'json_object' or 'json_schema')")
+    named = given.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise BadRequest("response_format: json_schema needs an object 'schema'")
+    return schema
 
 
 def _think(request: ChatCompletionRequest) -> bool | str | None:

@@ -35,10 +35,10 @@ class ThinkingParser(Parser):
     """Splits thinking from content. A prompt that ends with the opening tag puts the model inside its thinking."""
 
     def __init__(self, tags: ThinkingTags, prompt: str = "") -> None:
-        self._tags = tags
+        self.tags = tags
+        self.opened = prompt.rstrip().endswith(tags.opening)
         self._buffer = ""
-        opened = prompt.rstrip().endswith(tags.opening)
-        self._state = _State.EATING_AFTER_OPENING if opened else _State.SEEKING
+        self._state = _State.EATING_AFTER_OPENING if self.opened else _State.SEEKING
 
     def feed(self, text: str, done: bool = False) -> list[ChatEvent]:
         self._buffer += text
@@ -54,7 +54,7 @@ class ThinkingParser(Parser):
         if self._state is _State.SEEKING:
             return self._seek(done)
         if self._state is _State.THINKING:
-            before, tag, self._buffer = split(self._buffer, [self._tags.closing], done)
+            before, tag, self._buffer = split(self._buffer, [self.tags.closing], done)
             if tag:
                 self._state = _State.EATING_AFTER_CLOSING
             return [ChatEvent(thinking=before)] if before else []
@@ -69,10 +69,10 @@ class ThinkingParser(Parser):
 
     def _seek(self, done: bool) -> list[ChatEvent]:
         text = self._buffer.lstrip()
-        if text.startswith(self._tags.opening):
-            self._buffer = text[len(self._tags.opening) :]
+        if text.startswith(self.tags.opening):
+            self._buffer = text[len(self.tags.opening) :]
             self._state = _State.EATING_AFTER_OPENING
-        elif done or not self._tags.opening.startswith(text):
+        elif done or not self.tags.opening.startswith(text):
             self._state = _State.DONE
         return []
 

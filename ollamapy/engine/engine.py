@@ -12,11 +12,14 @@ import math
 import secrets
 import time
 from array import array
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import torch
 from torch import Tensor
 
 from ollamapy.engine.build import build_batch, num_wanted
+from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
 from ollamapy.engine.pooling import pool, pooled_bytes, pooling_of
 from ollamapy.engine.protocol import Embedding, EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
 from ollamapy.engine.runner import Model, ModelRunner
@@ -28,25 +31,36 @@ from ollamapy.errors import ContextOverflow, EngineError
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL = 1.0  # seconds between two integrity checks that run by themselves
+COMPILE_WAIT = 0.02  # seconds after which an engine that waits for a grammar looks for commands
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
 
 
 class Engine:
-    """Runs one model by one plan. `kernels` (op -> implementation) and `load_ns` are passed on in `info`."""
+    """Runs one model by one plan. `kernels` (op -> implementation) and `load_ns` are passed on in `info`; `read_vocabulary`
+    is called, in a thread, when the first grammar comes."""
 
-    def __init__(self, model: Model, plan: Plan, kernels: dict[str, str] | None = None, load_ns: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        kernels: dict[str, str] | None = None,
+        load_ns: int = 0,
+        read_vocabulary: Callable[[], Vocabulary] | None = None,
+    ) -> None:
         self.model, self.plan = model, plan
         self._kernels, self._load_ns = kernels or {}, load_ns
         self.runner = ModelRunner(model, plan)
         self.scheduler = Scheduler(plan, whole_prompts=not model.config.causal)
         self.sampler = Sampler()
+        self.grammars = Grammars(read_vocabulary)
+        self._compiling: dict[int, tuple[Sequence, Future[Grammar]]] = {}  # by request id: not yet the scheduler's
         self._pending: list[Output | Embedding] = []  # ends of requests that no step has told yet
         self._num_steps = 0
         self._integrity, self._last_check = "ok", 0.0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.sequences or self._pending)
+        return bool(self.scheduler.sequences or self._pending or self._compiling)
 
     def add(self, request_id: int, token_ids: list[int], params: SamplingParams) -> None:
         """Starts generating after `token_ids`. A request that cannot be run is answered by the next step. Raises EngineError
@@ -61,7 +75,8 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         """Ends a request now and frees its blocks; the next step says so. Unknown ids are those that have ended already."""
-        seq = self.scheduler.abort(request_id)
+        compiling = self._compiling.pop(request_id, None)
+        seq = self.scheduler.abort(request_id) if compiling is None else compiling[0]
         if seq is None:
             return
         if seq.pooling is not None:
@@ -72,6 +87,8 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Computes one batch and tells what came of it: at most one Step, and an Embedding for each that is done."""
+        if self._compiling:
+            self._add_compiled()
         told, self._pending = self._pending, []
         schedule = self.scheduler.schedule()
         if len(schedule):
@@ -90,7 +107,7 @@ class Engine:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return Stats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(self._compiling),
             free_blocks=blocks.num_free,
             cached_blocks=blocks.num_cached,
             used_blocks=blocks.num_blocks - blocks.num_available,
@@ -134,7 +151,7 @@ class Engine:
     # --- arrival ----------------------------------------------------------------------------------------------
 
     def _begin(self, request_id: int, token_ids: list[int], params: SamplingParams, seed: int, pooling: Pooling | None) -> None:
-        if request_id in self.scheduler.sequences:
+        if request_id in self.scheduler.sequences or request_id in self._compiling:
             raise EngineError(f"request {request_id} is in use")
         pool_tokens = self.plan.num_blocks * self.plan.block_size
         limit = min(params.context_length or self.plan.context_length, self.plan.context_length, pool_tokens)
@@ -145,7 +162,28 @@ class Engine:
             self._pending.append(Output(request_id, [], finish=Finish("error", len(token_ids), error=refusal)))
         else:
             now = time.monotonic_ns()
-            self.scheduler.add(Sequence(request_id, array("q", token_ids), params, limit, seed, pooling, now))
+            seq = Sequence(request_id, array("q", token_ids), params, limit, seed, pooling, now)
+            if params.grammar:
+                self._compiling[request_id] = seq, self.grammars.start(params.grammar)
+            else:
+                self.scheduler.add(seq)
+
+    def _add_compiled(self) -> None:
+        """Lets requests in whose grammar is there. Waits for one when there is nothing else to do."""
+        if not self.scheduler.sequences and not self._pending:
+            wait([future for _, future in self._compiling.values()], COMPILE_WAIT, FIRST_COMPLETED)
+        for request_id, (seq, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[request_id]
+            error = future.exception()
+            if error is None:
+                seq.grammar = future.result()
+                self.scheduler.add(seq)
+            else:
+                log.error("request %d: no grammar: %s", request_id, error)
+                text = str(error) if isinstance(error, EngineError) else _text(error)
+                self._pending.append(Output(request_id, [], finish=Finish("error", seq.num_prompt_tokens, error=text)))
 
     # --- execution --------------------------------------------------------------------------------------------
 
@@ -223,6 +261,6 @@ def _refusal(token_ids: list[int], params: SamplingParams, context_length: int, 
     return ""
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     """For users: without the message, which may tell paths and addresses."""
     return f"the model failed on this request ({type(error).__name__}); the log has the details"

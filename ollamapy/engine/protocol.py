@@ -38,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     num_keep: int = 4  # head tokens kept at a context shift; -1: the whole prompt
     shift: bool = True  # False: finish with "length" when the context is full
     logprobs: int = -1  # -1: none; n >= 0: of the token chosen and of the n likeliest
+    grammar: str = ""  # what may be generated, in llguidance's JSON form; "": anything
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -134,6 +135,7 @@ class Finish(msgspec.Struct, frozen=True):
     queue_ns: int = 0  # from arrival to its first scheduled step
     num_shifts: int = 0  # context shifts
     error: str = ""
+    bad_request: bool = False  # the error is the request's own: a grammar that grows too large
 
 
 class Output(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """Sampler: from raw logits to one token per row. Knows no scheduling and no text.
 
-The steps are llama.cpp's: suppress, penalties, then filters, temperature and draw (`filters.py`). What is drawn depends on the
-row's logits, its request's parameters, seed and number of generated tokens, and on nothing else.
+The steps are llama.cpp's: suppress, penalties, grammar, then filters, temperature and draw (`filters.py`). What is drawn
+depends on the row's logits, its request's parameters, grammar, seed and number of generated tokens, and on nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from ollamapy.engine import filters
 from ollamapy.engine.candidates import all_sorted, largest
 from ollamapy.engine.filters import Candidates
+from ollamapy.engine.grammar import constrain
 from ollamapy.engine.protocol import SamplingParams, TokenLogprob
 from ollamapy.engine.sequence import Result, Sequence
 
@@ -50,8 +51,9 @@ class Sampler:
         raw = logits[asked] if asked else None  # a copy: logprobs are those of the model, before anything is done to them
         self._suppress(logits, sequences)
         penalize(logits, sequences)
+        constrain(logits, [seq.grammar for seq in sequences])
         tokens = choose(logits, sequences)
-        results = [Result(token) if token >= 0 else Result(error=NOT_FINITE) for token in tokens]
+        results = [Result(token) if token >= 0 else _failure(seq) for token, seq in zip(tokens, sequences, strict=True)]
         if raw is not None:
             found = logprobs(raw, [tokens[row] for row in asked], [sequences[row].params.logprobs for row in asked])
             for row, logprob in zip(asked, found, strict=True):
@@ -74,6 +76,11 @@ class Sampler:
                 logits.index_fill_(1, index, -math.inf)
             else:
                 logits[torch.tensor(rows, device=logits.device).unsqueeze(1), index] = -math.inf
+
+
+def _failure(seq: Sequence) -> Result:
+    """A row without a largest logit: the model's fault, or that of a grammar that allows no token."""
+    return Result(error=(seq.grammar.error if seq.grammar is not None else "") or NOT_FINITE)
 
 
 def penalize(logits: Tensor, sequences: ListLike[Sequence]) -> None:

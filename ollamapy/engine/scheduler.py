@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ollamapy.engine.blocks import BlockManager
 from ollamapy.engine.protocol import Embedding, Finish, FinishReason, Output, Plan
 from ollamapy.engine.sequence import Result, Sequence
@@ -208,7 +210,7 @@ class Scheduler:
         elif seq.is_full:
             self.blocks.release(seq)
             seq.shift()
-        if reason == "stop":
+        if result.token_id in seq.params.stop_ids:
             return Output(seq.request_id, [], finish=ended)
         logprobs = [] if result.logprob is None else [result.logprob]
         return Output(seq.request_id, [result.token_id], logprobs, ended)
@@ -217,7 +219,9 @@ class Scheduler:
         self._remove(seq, forget=True)
         if seq.pooling is not None:
             return Embedding(seq.request_id, b"", seq.num_prompt_tokens, error)
-        return Output(seq.request_id, [], finish=finish(seq, "error", now, error))
+        ended = finish(seq, "error", now, error)
+        ended = msgspec.structs.replace(ended, bad_request=seq.grammar is not None and error == seq.grammar.error)
+        return Output(seq.request_id, [], finish=ended)
 
     def _remove(self, seq: Sequence, forget: bool = False) -> None:
         del self.sequences[seq.request_id]

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from ollamapy.engine.grammar import Grammar
 from ollamapy.engine.protocol import FinishReason, SamplingParams, TokenLogprob
 
 Pooling = Literal["mean", "cls", "last"]
@@ -70,6 +71,7 @@ class Sequence:
     seed: int = 0
     pooling: Pooling | None = None  # an embedding request: how its hidden states become one vector
     arrival_ns: int = 0
+    grammar: Grammar | None = None  # moves on with every token generated
     num_prompt_tokens: int = field(init=False)
     max_tokens: int = field(init=False)
     num_keep: int = field(init=False)  # head tokens that a context shift keeps
@@ -107,7 +109,8 @@ class Sequence:
     def accept(self, token_id: int) -> FinishReason | None:
         """Takes the token sampled after all of token_ids; why the request ends with it, if it does.
 
-        A stop id is counted but not kept. When the context is full and may be shifted, `is_full` is true afterwards.
+        A stop id is counted but not kept; a token that completes the grammar is.
+        When the context is full and may be shifted, `is_full` is true afterwards.
         """
         params = self.params
         self.num_generated += 1
@@ -116,6 +119,8 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.penalties is not None:
             self.penalties.append(token_id)
+        if self.grammar is not None and self.grammar.accept(token_id):
+            return "stop"
         if self.num_generated >= self.max_tokens or (self.is_full and not params.shift):
             return "length"
         return None

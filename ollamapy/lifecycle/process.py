@@ -137,7 +137,8 @@ class EngineProcess(asyncio.Protocol):
     async def generate(self, token_ids: list[int], params: SamplingParams) -> AsyncIterator[Output]:
         """Outputs as they come, the last with `finish`; a reader that is behind gets several as one.
 
-        Closing the iterator, or cancelling the task that reads it, aborts the request at once. Raises EngineError.
+        Closing the iterator, or cancelling the task that reads it, aborts the request at once. Raises EngineError and,
+        for a grammar that grows too large, BadRequest.
         """
         self._check()
         request_id = next(self._ids)
@@ -149,7 +150,7 @@ class EngineProcess(asyncio.Protocol):
                 output = await request.take()
                 finished = output.finish is not None
                 if output.finish is not None and output.finish.reason == "error":
-                    raise EngineError(output.finish.error)
+                    raise (BadRequest if output.finish.bad_request else EngineError)(output.finish.error)
                 yield output
         finally:
             if self._requests.pop(request_id, None) is not None and not finished:

@@ -13,13 +13,16 @@ import torch
 
 from ollamapy import ops
 from ollamapy.engine.engine import Engine
+from ollamapy.engine.grammar import Vocabulary
 from ollamapy.engine.protocol import Plan
 from ollamapy.errors import NotSupported
+from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.gguf.types import GGMLType
 from ollamapy.lifecycle.devices import physical_cores
 from ollamapy.lifecycle.loop import Loop, Progress
 from ollamapy.models.load import load_model
+from ollamapy.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,18 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         device = torch.device(plan.device)
         model = load_model(file, device, progress, context_length=plan.context_length, kernels=plan.kernels)
     ops.set_threads(threads)
-    return Engine(model, plan, ops.chosen())
+    return Engine(model, plan, ops.chosen(), read_vocabulary=lambda: read_vocabulary(plan.model_path))
+
+
+def read_vocabulary(path: str) -> Vocabulary:
+    """The tokens of a model file, as grammars need them: 0.4 s for 49,152, 1 s for 262,144."""
+    with GGUFFile.open(path) as file:
+        metadata, tensors = normalise(file.metadata, file.tensors)
+        embedding = tensors.get("token_embd.weight")
+        tokenizer = Tokenizer.from_gguf(metadata, embedding_rows=embedding.shape[0] if embedding else None)
+    ids = range(tokenizer.vocab_size)
+    special = [id for id in ids if tokenizer.is_control(id) or id in tokenizer.eog_ids]
+    return Vocabulary([tokenizer.token_bytes(id) for id in ids], special, sorted(tokenizer.eog_ids))
 
 
 def packed_on() -> tuple[str, ...]:

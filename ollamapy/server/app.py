@@ -104,6 +104,7 @@ def create_app(settings: Settings) -> Starlette:
             yield
         finally:
             await services.residents.close()
+            await services.formats.close()
             await pruning
 
     async def failed(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from ollamapy.gguf.reader import GGUFFile
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.names import ModelName, split_source
+from ollamapy.server.structured import Formats
 from ollamapy.store.library import Library, LocalModel
 from ollamapy.store.manifests import MODEL, ConfigBlob, Manifest
 
@@ -35,6 +36,7 @@ class Services:
     settings: Settings
     library: Library
     residents: Residents
+    formats: Formats = field(default_factory=Formats)
     _capabilities: OrderedDict[str, list[str]] = field(default_factory=OrderedDict)
     _formats: OrderedDict[tuple[str, str], ChatFormat] = field(default_factory=OrderedDict)
 

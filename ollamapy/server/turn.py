@@ -16,8 +16,9 @@ from ollamapy.api import options as option_table
 from ollamapy.api.decode import lifetime
 from ollamapy.api.options import Options
 from ollamapy.api.types import DebugInfo, Inference
-from ollamapy.chat.format import ChatFormat, Parser, Think
+from ollamapy.chat.format import ChatFormat, Think
 from ollamapy.chat.interface import PlainParser
+from ollamapy.engine.protocol import SamplingParams
 from ollamapy.errors import BadRequest, NotSupported
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.server.answer import Piece, answer, sampling
@@ -73,6 +74,7 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         yield _said(done_reason="unload")
         return
     think = await _check(services, model, request, turn)
+    held_to = await services.formats.check(request.format)
     options, notes = option_table.merge(model.params, request.options)
     warnings += notes
     async with services.residents.use(model, options, keep_alive) as loaded:
@@ -92,7 +94,9 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
             return
         parser = PlainParser() if turn.raw else chat.parser(prompt=prompt.text, think=think)
         stops = (*options.stop, *(() if turn.raw else chat.stops))
-        async with aclosing(_answer(loaded, prompt, options, request, stops, parser)) as pieces:
+        grammar = held_to.grammar(parser) if held_to else ""
+        params = _params(loaded, options, request, stops, grammar)
+        async with aclosing(answer(loaded.engine, loaded.tokenizer, prompt.ids, params, stops, parser)) as pieces:
             async for piece in pieces:
                 if piece.end is None:
                     yield Said(piece, {"done": False}, [])
@@ -100,18 +104,12 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
                     yield _last(piece, prompt, arrival, load_ns)
 
 
-def _answer(
-    loaded: LoadedModel[LocalModel],
-    prompt: Prompt,
-    options: Options,
-    request: Inference,
-    stops: tuple[str, ...],
-    parser: Parser,
-) -> AsyncGenerator[Piece]:
-    num_ctx = _num_ctx(options, loaded)
-    params = sampling(options, loaded.tokenizer, stops, num_ctx)
-    params = msgspec.structs.replace(params, shift=request.shift, logprobs=request.top_logprobs if request.logprobs else -1)
-    return answer(loaded.engine, loaded.tokenizer, prompt.ids, params, stops, parser)
+def _params(
+    loaded: LoadedModel[LocalModel], options: Options, request: Inference, stops: tuple[str, ...], grammar: str
+) -> SamplingParams:
+    params = sampling(options, loaded.tokenizer, stops, _num_ctx(options, loaded))
+    logprobs = request.top_logprobs if request.logprobs else -1
+    return msgspec.structs.replace(params, shift=request.shift, logprobs=logprobs, grammar=grammar)
 
 
 async def _check(services: Services, model: LocalModel, request: Inference, turn: Turn) -> Think:
@@ -126,21 +124,11 @@ async def _check(services: Services, model: LocalModel, request: Inference, turn
     for capability, text in turn.needs.items():
         if capability not in able:
             raise BadRequest(text)
-    _check_format(request.format)
     if turn.unsupported:
         raise NotSupported(f"{turn.unsupported}: not supported yet")
     if request.think is None and "thinking" in able:
         return True
     return request.think
-
-
-def _check_format(format: Any) -> None:
-    if format in (None, ""):
-        return
-    if format != "json" and not isinstance(format, dict):
-        shown = msgspec.json.encode(format).decode()
-        raise BadRequest(f'invalid format: {shown}; expected "json" or a valid JSON Schema object')
-    raise NotSupported("structured output (format) is not supported yet")
 
 
 def _room(options: Options, request: Inference, loaded: LoadedModel[LocalModel]) -> Room:

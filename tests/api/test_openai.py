@@ -76,8 +76,15 @@ def test_options() -> None:
         ({"functions": [{"name": "f"}]}, "tools: not supported yet"),
         ({"tool_choice": "required"}, "tool_choice: not supported yet"),
         ({"tool_choice": {"type": "function"}}, "tool_choice: not supported yet"),
-        ({"response_format": {"type": "json_object"}}, "response_format: not supported yet"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: not supported yet"),
+        ({"response_format": {"type": "yaml"}}, "invalid response_format type: 'yaml'"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format: json_schema needs an object 'schema'",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": []}},
+            "response_format: json_schema needs an object 'schema'",
+        ),
         ({"modalities": ["text", "audio"]}, "modalities other than text: not supported yet"),
         ({"logit_bias": {"5": -100}}, "logit_bias: not supported yet"),
         ({"reasoning_effort": "hardest"}, "invalid reasoning value: 'hardest'"),

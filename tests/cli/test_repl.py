@@ -80,7 +80,7 @@ def test_settings(daemon: Daemon, tmp_path: Path) -> None:
         assert "Set 'quiet' mode." in said("/set quiet")
         assert "eval count" not in said("hi")
         assert "Set format to 'json' mode." in said("/set format json")
-        assert "error: " in said("hi") and "Disabled format." in said("/set noformat")
+        assert "{" in said("hi") and "Disabled format." in said("/set noformat")
         assert "Invalid or missing format." in said("/set format")
         assert "Set 'nowordwrap' mode." in said("/set nowordwrap")
         assert "does not support thinking output" in said("/set think")
@@ -94,7 +94,7 @@ def test_settings(daemon: Daemon, tmp_path: Path) -> None:
     assert daemon.ok("show", "--system", "terse") == "Be\nbrief.\n"
     assert "num_predict" in daemon.ok("show", "--parameters", "terse")
     roles = [role for role, _ in messages(daemon, "terse")]
-    assert roles == ["user", "assistant"] * 3  # the question whose answer was refused is not kept
+    assert roles == ["user", "assistant"] * 4
     daemon.ok("rm", "terse")
 
 

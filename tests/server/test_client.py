@@ -36,7 +36,7 @@ def test_models(api: Client) -> None:
     with pytest.raises(NotFound, match="model 'missing' not found"):
         api.show(ModelRequest(model="missing"))
     with pytest.raises(NotSupported):
-        list(api.generate(GenerateRequest(model=MODEL, prompt="x", format="json")))
+        list(api.generate(GenerateRequest(model=MODEL, prompt="x", images=["AAAA"])))
 
 
 def test_answers(api: Client) -> None:

@@ -92,7 +92,7 @@ def test_models(api: openai.OpenAI) -> None:
         ({"n": 2}, "n: only 1 choice per request is supported"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not supported yet"),
         ({"tool_choice": "required"}, "tool_choice: not supported yet"),
-        ({"response_format": {"type": "json_object"}}, "response_format: not supported yet"),
+        ({"response_format": {"type": "yaml"}}, "invalid response_format type: 'yaml'"),
         ({"messages": []}, "[] is too short - 'messages'"),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, "exceeds the available context"),
         ({"temperature": "hot"}, "invalid request: Expected `float"),

@@ -1,0 +1,139 @@
+"""Grammars: which tokens a request may generate next. Parsing is llguidance's; knows no schema, no text, no sampling.
+
+A grammar follows the tokens that were generated, not the context, so preemption, recomputation and context shifts do not
+touch it. llguidance is imported when the first grammar comes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ollamapy.errors import EngineError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_KEPT = 64  # compiled grammars; the largest that are let in take a few MB each
+
+
+class Vocabulary(NamedTuple):
+    """What a grammar has to know of the tokens. `special_ids` are no text: none is allowed, but for `eos_ids` at the end."""
+
+    tokens: list[bytes]
+    special_ids: list[int]
+    eos_ids: list[int]
+
+
+class Grammar:
+    """Where one request is in its grammar. `error` is "" until llguidance gives up on it; nothing is allowed from then on."""
+
+    __slots__ = ("_matcher", "error", "num_words")
+
+    def __init__(self, matcher: LLMatcher, num_tokens: int) -> None:
+        self._matcher = matcher
+        self.num_words = math.ceil(num_tokens / 32)
+        self.error = ""
+
+    def allowed(self, bits: NDArray[np.int32]) -> None:
+        """Sets the bits (num_words,) of the tokens that may come next; none when the grammar has failed."""
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._failed():
+            bits[:] = 0
+
+    def accept(self, token_id: int) -> bool:
+        """Goes past a token that was allowed. True when nothing can follow it."""
+        self._matcher.consume_token(token_id)
+        return not self._failed() and self._matcher.is_stopped()
+
+    def _failed(self) -> bool:
+        """llguidance calls a matcher that failed stopped, and allows it the end: that would pass as an answer."""
+        if self._matcher.is_error():
+            self.error = f"the grammar cannot go on: {self._matcher.get_error().splitlines()[0]}"
+        return bool(self.error)
+
+
+class Grammars:
+    """Compiles grammars for one model, in a thread: the first one takes a second more at 262,144 tokens."""
+
+    def __init__(self, read_vocabulary: Callable[[], Vocabulary] | None) -> None:
+        self._read_vocabulary = read_vocabulary
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._thread: ThreadPoolExecutor | None = None
+
+    def start(self, text: str) -> Future[Grammar]:
+        """The beginning of the grammar `text` (llguidance's JSON form); the future raises EngineError."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "grammar")
+        return self._thread.submit(self._start, text)
+
+    def _start(self, text: str) -> Grammar:
+        matcher = self._compiled.pop(text, None) or self._compile(text)
+        self._compiled[text] = matcher
+        if len(self._compiled) > MAX_KEPT:
+            self._compiled.popitem(last=False)
+        assert self._tokenizer is not None
+        return Grammar(matcher.deep_copy(), self._tokenizer.vocab_size)  # 10 us
+
+    def _compile(self, text: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if self._tokenizer is None:
+            self._tokenizer = self._make_tokenizer()
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        if matcher.is_error():
+            raise EngineError(f"the grammar does not compile: {matcher.get_error()}")
+        return matcher
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        if self._read_vocabulary is None:
+            raise EngineError("this engine has no vocabulary for grammars")
+        vocabulary = self._read_vocabulary()
+        if not vocabulary.eos_ids:
+            raise EngineError("the model has no end-of-generation token, which a grammar needs")
+        return LLTokenizer(_Wrapper(vocabulary), eos_token=vocabulary.eos_ids)  # type: ignore[arg-type]
+
+
+class _Wrapper:
+    """A vocabulary as llguidance reads it. Grammars ask for no forced tokens, so no text is ever tokenized."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.tokens, self.special_token_ids = vocabulary.tokens, vocabulary.special_ids
+        self.eos_token_id = vocabulary.eos_ids[0]
+
+    def __call__(self, text: str) -> list[int]:
+        raise EngineError("a grammar may not force tokens")
+
+
+def constrain(logits: Tensor, grammars: Sequence[Grammar | None]) -> None:
+    """Puts minus infinity where a row's grammar forbids the token; logits (n, V) float32, None: a row without a grammar.
+
+    On a GPU the masks are made while the forward pass still runs: nothing before this waits for it. A mask takes 11 us on
+    average at 49,152 tokens and 16 us at 262,144; applying it 30 us and 150 us.
+    """
+    held = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None]
+    if not held:
+        return
+    size = logits.shape[1]  # a model may have rows without a token, or tokens without a row
+    width = max(math.ceil(size / 32), *(grammar.num_words for _, grammar in held))
+    bits = np.zeros((len(held), width), dtype=np.int32)
+    for own, (_, grammar) in zip(bits, held, strict=True):
+        grammar.allowed(own[: grammar.num_words])
+    forbidden = np.unpackbits(~bits.view(np.uint8), axis=1, count=size, bitorder="little").view(np.bool_)
+    where = torch.from_numpy(forbidden).to(logits.device, non_blocking=True)
+    for (row, _), mask in zip(held, where, strict=True):
+        logits[row].masked_fill_(mask, -math.inf)
