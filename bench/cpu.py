@@ -92,7 +92,7 @@ def measure(name: str, path: Path, works: list[Work], turns: str, quiet: Quiet) 
     row = {"name": name, "file": path.name, **facts, "load_seconds": statistics.median(loads), "engines": engines}
     if "kl" in row:
         row["kl"] = {OURS: row["kl"], llama_cpp.NAME: golden(GOLDEN[name])[llama_cpp.NAME]["mean_kl"]}
-    row["load_average"] = [before, machine.load_average()]
+    row["commit"], row["load_average"] = machine.commit(), [before, machine.load_average()]
     row["others_cpu"] = max(quiet.others)
     return row
 

@@ -10,7 +10,7 @@ from typing import Any
 from bench.figures import BATCH_DECODE, BATCH_PROMPT, DECODE, PREFILL, PROMPT, Samples, Work, batch_column
 
 NAME = "llama.cpp"
-BATCHED_RUNS = 2  # of llama-batched-bench in a turn: each prefills every batch anew, 10 to 20 s
+BATCHED_RUNS = 1  # of llama-batched-bench in a turn: each prefills every batch anew, 10 to 30 s
 
 
 class PeerError(Exception):
