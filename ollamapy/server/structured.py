@@ -124,7 +124,13 @@ class Formats:
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
         environment = child_environment(OPENBLAS_NUM_THREADS="1", RAYON_NUM_THREADS="1")
-        child = await asyncio.create_subprocess_exec(*COMMAND, stdin=pipe, stdout=pipe, env=environment)
+        child = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            stdin=pipe,
+            stdout=pipe,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the daemon's; the child ends with its stdin
+        )
         assert child.stdout is not None
         await child.stdout.readline()  # it has imported what it needs: the time that counts begins now
         self._child = child
