@@ -8,6 +8,7 @@ from typing import Any
 from bench import figures
 
 NONE = "-"
+LIMITS = (("read_gbs", "reads", 1, "GB/s"), ("vnni_gmacs", "int8 dots", 0, "GMAC/s"))
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -30,8 +31,9 @@ def _preface(report: Mapping[str, Any]) -> list[str]:
     slow = [f"{model['name']} ({model['kernels']})" for model in report["models"] if model["kernels"] != "csrc"]
     if slow:
         lines.append(f"without the C++ kernels: {', '.join(slow)}")
-    if limits:
-        lines.append(f"limits: reads {limits['read_gbs']:.1f} GB/s, int8 dots {limits['vnni_gmacs']:.0f} GMAC/s")
+    known = [f"{title} {limits[key]:.{digits}f} {unit}" for key, title, digits, unit in LIMITS if key in limits]
+    if known:
+        lines.append(f"limits: {', '.join(known)}")
     return lines
 
 
