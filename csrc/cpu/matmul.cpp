@@ -1,4 +1,6 @@
 // Bindings of the matmul on packed weights: pack, unpack, linear. Checks, output, threads.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <optional>
 
@@ -24,6 +26,14 @@ int64_t row_bytes(const char* op, const MatmulKernels& m, int64_t k) {
   return k / m.block * m.block_bytes;
 }
 
+// Before the first touch: 2 MB pages keep the walk through a weight from missing the TLB every 4 KB.
+void want_huge_pages(uint8_t* data, int64_t size) {
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(size)) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 Tensor pack_weight(Tensor rows, int64_t type, int64_t k) {
   const MatmulKernels& m = kernels_of("pack_weight", type);
   check_type("pack_weight", "rows", rows, ScalarType::Byte, 2);
@@ -33,6 +43,7 @@ Tensor pack_weight(Tensor rows, int64_t type, int64_t k) {
   Tensor out = torch::stable::empty({tiles, 16 * bytes}, ScalarType::Byte);
   const uint8_t* from = static_cast<const uint8_t*>(rows.data_ptr());
   uint8_t* to = static_cast<uint8_t*>(out.data_ptr());
+  want_huge_pages(to, tiles * 16 * bytes);
   team::share(tiles, 4, [&](int64_t begin, int64_t end) { m.pack(from, n, k, to, begin, end); });
   return out;
 }
