@@ -15,6 +15,7 @@ from typing import Any
 OPS: dict[str, str] = {
     "embedding": "embedding.embedding",
     "linear": "matmul.linear",
+    "moe": "moe.moe",
     "rms_norm": "norm.rms_norm",
     "layer_norm": "norm.layer_norm",
     "add_rms_norm": "norm.add_rms_norm",
@@ -32,6 +33,7 @@ OPS: dict[str, str] = {
 PREPARE: dict[str, str] = {
     "embedding": "embedding.prepare_embedding",
     "linear": "matmul.prepare_linear",
+    "moe": "matmul.prepare_linear",
 }
 """op on weights -> what brings a `QuantTensor` into the form that it takes (`layout.Planes`)"""
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 
 SPLIT_KEYS = 512  # keys of one program when decoding
-TILE_ROWS = 64  # of queries times heads, in prefill
-TILE_KEYS = 64
+TILE_ROWS = 64  # of queries times heads, in prefill; half as many in float32, which no tensor core multiplies exactly
+TILE_KEYS = 64  # fewer for heads of more than TILE_HEAD_BYTES: tiles of heads of 256 would spill and outgrow shared memory
+TILE_HEAD_BYTES = 256
 
 
 @triton.jit
@@ -193,6 +194,7 @@ class AttentionPlan:
     """One batch's tiles: made once per forward pass, once for each number of query heads to a key-value head."""
 
     batch: Batch
+    tile_rows: int
     launches: dict[int, list[Launch]] = field(default_factory=dict)
 
     def for_group(self, group: int) -> list[Launch]:
@@ -202,7 +204,7 @@ class AttentionPlan:
         return found
 
     def _make(self, group: int) -> list[Launch]:
-        rows = max(TILE_ROWS, triton.next_power_of_2(group))
+        rows = max(self.tile_rows, triton.next_power_of_2(group))
         tokens = rows // group
         lens = self.batch.query_lens
         decoding = [s for s, n in enumerate(lens) if n == 1]
@@ -223,7 +225,7 @@ class AttentionPlan:
 
 
 def plan(batch: Batch, cache: KVCache) -> AttentionPlan:
-    return AttentionPlan(batch)
+    return AttentionPlan(batch, TILE_ROWS // 2 if cache.key.dtype == torch.float32 else TILE_ROWS)
 
 
 def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -250,6 +252,9 @@ def attention(
     q = q.contiguous()
     kv_heads, block, value_length = cache.value.shape[1:]
     batch, heads, length = plan.batch, q.shape[1], q.shape[2]
+    padded = [max(triton.next_power_of_2(size), 16) for size in (length, value_length)]
+    head_bytes = max(padded) * cache.key.element_size()
+    wide = head_bytes > TILE_HEAD_BYTES
     out = q.new_zeros(q.shape[0], heads, value_length)
     for launch in plan.for_group(heads // kv_heads):
         tiles, splits = launch.sequence.shape[0], launch.splits
@@ -269,17 +274,19 @@ def attention(
             KV_HEADS=kv_heads,
             D=length,
             DV=value_length,
-            PADDED_D=max(triton.next_power_of_2(length), 16),
-            PADDED_DV=max(triton.next_power_of_2(value_length), 16),
+            PADDED_D=padded[0],
+            PADDED_DV=padded[1],
             BLOCK=block,
             TOKENS=launch.tokens,
             ROWS=launch.rows,
-            KEYS=TILE_KEYS,
+            KEYS=max(TILE_KEYS * TILE_HEAD_BYTES // head_bytes, 16) if wide else TILE_KEYS,
             SPLIT=SPLIT_KEYS if splits else 0,
             CAUSAL=causal,
             WINDOW=window > 0,
             CAP=cap > 0.0,
             SINKS=sinks is not None,
+            num_warps=8 if head_bytes >= TILE_HEAD_BYTES and launch.tokens > 1 else 4,
+            num_stages=2 if wide else 3,
         )
         if splits:
             combine_kernel[(tiles, heads)](
@@ -287,7 +294,7 @@ def attention(
                 *(launch.sequence, batch.query_start, out, splits),
                 HEADS=heads,
                 DV=value_length,
-                PADDED_DV=max(triton.next_power_of_2(value_length), 16),
+                PADDED_DV=padded[1],
                 PADDED_SPLITS=triton.next_power_of_2(splits),
                 SINKS=sinks is not None,
             )

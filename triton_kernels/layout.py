@@ -215,7 +215,7 @@ def _pack_rows(data: Tensor, type: GGMLType, columns: int) -> Planes:
         (rows, columns),
         low=plane(_fields(blocks[:, low.start : low.stop].contiguous(), low), low.bits),
         high=plane(_fields(blocks[:, high.start : high.stop].contiguous(), high), high.bits) if high else None,
-        scales=_pack_scales(blocks[:, first:last], form, rows) if last else None,
+        scales=_pack_scales(blocks[:, first:last], form, rows).contiguous() if last else None,
         d=_steps(blocks, form.d, rows, step),
         m=None if form.m is None else _steps(blocks, form.m, rows, torch.float16),
     )

@@ -34,9 +34,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-MATVECS: tuple[Tile, ...] = (Tile(1, 16, 32, 4, 1), Tile(MATVEC_ROWS, 8, 32, 4, 1))
-TILES: tuple[Tile, ...] = (Tile(16, 32, 4, 4, 3), Tile(32, 64, 4, 4, 3), Tile(64, 64, 4, 4, 3), Tile(128, 128, 2, 8, 3))
-"""Both by rows of x: the first that holds them all, else the last."""
+MATVEC = Tile(MATVEC_ROWS, 8, 32, 4, 1)  # 16 columns: twice the loads in flight, but Q6_K spills on sm_120
+TILES: tuple[Tile, ...] = (Tile(16, 32, 4, 4, 3), Tile(32, 64, 4, 4, 3), Tile(64, 64, 2, 4, 3), Tile(128, 128, 2, 8, 3))
+"""By rows of x: the first that holds them all, else the last."""
 
 
 @triton.jit
@@ -223,15 +223,15 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return parts[0].to(dtype) if parts.shape[0] == 1 else parts.sum(0).to(dtype)
 
 
-def tile_for(rows: int, tiles: tuple[Tile, ...]) -> Tile:
-    return next((tile for tile in tiles if rows <= tile.rows), tiles[-1])
+def tile_for(rows: int) -> Tile:
+    return next((tile for tile in TILES if rows <= tile.rows), TILES[-1])
 
 
 def matvec(x: Tensor, weight: Planes) -> Tensor:
     """At most MATVEC_ROWS rows, in float32: exact up to the rounding of sums."""
     assert weight.form is not None and x.shape[0] <= MATVEC_ROWS
     rows, columns, groups = x.shape[0], weight.shape[-2], weight.shape[-1] // GROUP
-    tile = tile_for(rows, MATVECS)
+    tile = MATVEC
     step = min(tile.groups, triton.next_power_of_2(groups))
     programs = triton.cdiv(columns, tile.columns)
     splits, span = _splits(programs, groups, step)
@@ -257,7 +257,7 @@ def matmul(x: Tensor, weight: Planes, dot: torch.dtype = torch.bfloat16) -> Tens
     """Any number of rows, through tensor cores: x and the decoded weights are rounded to `dot`, sums are float32."""
     assert weight.form is not None
     rows, columns, groups = x.shape[0], weight.shape[-2], weight.shape[-1] // GROUP
-    tile = tile_for(rows, TILES)
+    tile = tile_for(rows)
     step = min(tile.groups, triton.next_power_of_2(groups))
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
     splits, span = _splits(grid[0] * grid[1], groups, step)

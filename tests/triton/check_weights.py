@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ollamapy import reference
+from ollamapy.gguf.types import TYPES as SIZES
 from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.triton_kernels import embedding, layout, matmul
@@ -18,15 +19,15 @@ TYPES = pytest.mark.parametrize("type", layout.FORMS, ids=lambda type: type.name
 
 
 @TYPES
-def test_dequantize_and_embedding(type: GGMLType) -> None:
-    """Bit for bit, with subnormal, negative and huge steps: 11 groups a row or 24, beyond the tile's rows."""
-    from ollamapy.gguf.types import TYPES as INFO
-
-    columns = 768 if INFO[type].block_size == 256 else 352
-    blocks = random_blocks(type, 5 * columns // INFO[type].block_size)
+@pytest.mark.parametrize("columns", [256, 768, 352])
+def test_dequantize_and_embedding(type: GGMLType, columns: int) -> None:
+    """Bit for bit, with subnormal, negative and huge steps; one block a row, several, and rows that end within a tile."""
+    if columns % SIZES[type].block_size:
+        pytest.skip("rows are whole blocks")
+    blocks = random_blocks(type, 5 * columns // SIZES[type].block_size)
     if type is GGMLType.MXFP4:
-        blocks[:, 0] = blocks[:, 0] % 251  # the largest powers of two overflow with the code
-        blocks[:3, 0] = torch.tensor([0, 1, 2])
+        blocks[:, 0] %= 251  # the largest powers of two overflow with the code
+        blocks[:3, 0] = (0, 1, 2)
     weight = QuantTensor.wrap(torch.from_numpy(blocks).flatten(), type, (5, columns))
     planes = layout.pack(weight)
     assert torch.equal(embedding.dequantize(planes, torch.float32), weight.dequantize())
@@ -60,6 +61,14 @@ def test_matmul(type: GGMLType, rows: int, dot: torch.dtype, tolerance: float) -
     check(matmul.matmul(x, layout.pack(weight), dot), x, weight, tolerance)
 
 
+@pytest.mark.parametrize("type", [GGMLType.Q5_1, GGMLType.Q8_0], ids=lambda type: type.name)
+def test_matmul_ends_within_a_step(type: GGMLType) -> None:
+    """11 groups in steps of 4: what lies beyond a row of x is the next row, and must not be added."""
+    weight = random_weight(type, 37, 352)
+    x = torch.randn(21, 352, generator=torch.Generator().manual_seed(0))
+    check(matmul.matmul(x[:20], layout.pack(weight), torch.float32), x[:20], weight, 4e-7)
+
+
 @pytest.mark.parametrize("rows", [2, 4, 40, 70, 130])
 def test_every_tile(rows: int) -> None:
     """Every row of the tables, in bfloat16 where there are tensor cores, with x of both types that a model runs in."""
@@ -77,8 +86,8 @@ def test_split_k(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(GGMLType.Q6_K, 20, 4096)
     planes = layout.pack(weight)
     x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(matmul, "MATVECS", (matmul.Tile(4, 16, 8, 4, 1),))
-    assert matmul._splits(2, 128, 8) == (4, 32)
+    monkeypatch.setattr(matmul, "MATVEC", matmul.Tile(4, 8, 8, 4, 1))
+    assert matmul._splits(3, 128, 8) == (4, 32)
     check(matmul.matvec(x, planes), x, weight, 2e-7)
     check(matmul.matmul(x, planes, torch.float32), x, weight, 4e-7)
 
@@ -93,9 +102,7 @@ def test_many_rows_are_decoded_once() -> None:
 
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.IQ2_XXS], ids=lambda t: t.name)
 def test_dense_types(type: GGMLType) -> None:
-    from ollamapy.gguf.types import TYPES as INFO
-
-    blocks = random_blocks(type, 3 * 256 // INFO[type].block_size)
+    blocks = random_blocks(type, 3 * 256 // SIZES[type].block_size)
     if type in layout.DENSE:
         values = torch.randn(3, 256).to(layout.DENSE[type])
         weight = QuantTensor.wrap(values.view(torch.uint8).flatten(), type, (3, 256))

@@ -28,3 +28,16 @@ def run(*command: str, **environment: str) -> None:
 @pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("check_*.py")))
 def test_interpreted(file: str) -> None:
     run("-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / file), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled() -> None:
+    """Nothing spills, tensor cores are used, and no figure has grown: see compiled.py."""
+    run("-m", "tests.triton.compiled", OMP_NUM_THREADS="1", TRITON_CACHE_DIR=str(ROOT / ".cache" / "triton"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_everything_compiled() -> None:
+    run("-m", "tests.triton.compiled", "--all", OMP_NUM_THREADS="1", TRITON_CACHE_DIR=str(ROOT / ".cache" / "triton"))
