@@ -26,7 +26,7 @@ import httpx
 
 from bench import servers
 from bench.cpu import MODELS, model_path
-from bench.table import align
+from bench.table import NONE, align
 from ollamapy.lifecycle.devices import physical_cores
 
 TOPICS = (
@@ -112,8 +112,9 @@ async def lines(response: httpx.Response) -> AsyncIterator[str]:
 
 
 async def run(target: Target, users: int, tokens: int) -> dict[str, float]:
-    """One round: all users at once. A chat of two tokens before loads the model and opens the connection."""
-    limits = httpx.Limits(max_connections=users + 1, max_keepalive_connections=users + 1)
+    """One round: all users at once, each on a connection of its own (llama-server closes those that were used). A chat of two
+    tokens before loads the model."""
+    limits = httpx.Limits(max_connections=users, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
         await chat(client, target, "Hello", 2)
         start = time.perf_counter()
@@ -150,8 +151,13 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
     header = list(rows[0])
-    cells = [[value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0") for value in row.values()] for row in rows]
-    return "\n".join(align([header, *cells]))
+    return "\n".join(align([header, *([cell(value) for value in row.values()] for row in rows)]))
+
+
+def cell(value: str | float | None) -> str:
+    if value is None:
+        return NONE
+    return value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
 
 
 def side_by_side(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -173,7 +179,8 @@ def side_by_side(args: argparse.Namespace) -> list[dict[str, Any]]:
                     with servers.llama(Path(peer), path, args.threads, users) as theirs:
                         found = asyncio.run(run(Target(theirs.url, theirs.model, "openai"), users, args.tokens))
                         rows.append({"server": "llama-server", **found, "first_token_s": theirs.first_token_s})
-    return [{**dict.fromkeys(rows[0], math.nan), **row} for row in rows]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
 
 
 def main() -> None:

@@ -136,8 +136,9 @@ def test_requests_of_both_dialects() -> None:
 
 
 def test_rows_are_rendered() -> None:
-    lines = render([{"server": "s", "users": 1, "tokens_per_s": 12.34}]).splitlines()
-    assert [cells(line) for line in (lines[0], lines[2])] == [["server", "users", "tokens_per_s"], ["s", "1", "12.3"]]
+    lines = render([{"server": "s", "users": 1, "tokens_per_s": 12.34, "rate": None}]).splitlines()
+    assert cells(lines[0]) == ["server", "users", "tokens_per_s", "rate"]
+    assert cells(lines[2]) == ["s", "1", "12.3", "-"]
 
 
 def test_vllm_servers_are_named_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
