@@ -86,6 +86,9 @@ class Settings:
     device: str = _variable("OLLAMAPY_DEVICE", str, "", "Force a device: cpu, cuda, cuda:1 (default: the best there is)")
     cuda_visible_devices: str | None = _variable("CUDA_VISIBLE_DEVICES", str, None, "GPUs to use, by number or UUID (-1: none)")
     kernels: str = _variable("OLLAMAPY_KERNELS", str, "", "Force a kernel family: reference, csrc or triton")
+    metrics: str = _variable(
+        "OLLAMAPY_METRICS", str, "", "Address for Prometheus' /metrics, such as 127.0.0.1:9464 (default: none)"
+    )
     cpu_isa: str = _variable("OLLAMAPY_CPU_ISA", str, "", "Force an instruction set: base, avx2, avx512vnni, avx512bf16")
     no_extension: bool = _variable("OLLAMAPY_NO_EXTENSION", _boolean, False, "Do not load or build the C++ extension")
     cxx: str = _variable("CXX", str, "", "")

@@ -19,6 +19,7 @@ from ollamapy.engine import protocol
 from ollamapy.engine.protocol import Finish, Output, SamplingParams
 from ollamapy.errors import OptionError
 from ollamapy.lifecycle.process import EngineProcess
+from ollamapy.server.record import current
 from ollamapy.server.stops import StopFilter
 from ollamapy.tokenizer import StreamDecoder, Tokenizer
 
@@ -88,13 +89,16 @@ async def answer(
 ) -> AsyncGenerator[Piece]:
     """Pieces as the engine's steps complete them; one without text comes only for its logprobs. Raises EngineError."""
     text = _Text(tokenizer, stops)
+    record = current()
+    record.prompt_tokens, record.finish = len(token_ids), "abort"  # until it is known how it ended
     start = first = last = time.monotonic_ns()
     finish: Finish | None = None
     outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params))
-    async with aclosing(outputs):
+    async with aclosing(outputs), record.failing():
         async for output in outputs:
             last = time.monotonic_ns()
             first = last if not text.token_ids else first
+            record.took(len(output.token_ids), last)
             shown = text.feed(output)
             finish = output.finish
             for piece in _pieces(parser.feed(shown) if shown else [], text.take_logprobs()):
@@ -103,14 +107,17 @@ async def answer(
                 break
     for piece in _pieces(parser.feed(text.flush(), done=True), text.take_logprobs()):
         yield piece
-    yield Piece(end=_end(text, finish, first - start, last - first))
+    end = _end(text, finish, first - start, last - first)
+    record.generated(end.reason, finish)
+    yield Piece(end=end)
 
 
 def _pieces(events: list[ChatEvent], logprobs: tuple[Logprob, ...]) -> list[Piece]:
     if not events:
         return [Piece(logprobs=logprobs)] if logprobs else []
-    pieces = [Piece(event.content, event.thinking, event.tool_calls) for event in events]
-    pieces[-1] = pieces[-1]._replace(logprobs=logprobs)
+    *before, last = events
+    pieces = [Piece(event.content, event.thinking, event.tool_calls) for event in before]
+    pieces.append(Piece(last.content, last.thinking, last.tool_calls, logprobs))
     return pieces
 
 
@@ -170,6 +177,8 @@ class _Text:
         return tail
 
     def take_logprobs(self) -> tuple[Logprob, ...]:
+        if not self._ready:
+            return ()
         ready, self._ready = self._ready, []
         return tuple(ready)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,9 +21,10 @@ from ollamapy.api.address import Address
 from ollamapy.env import Settings
 from ollamapy.errors import NotSupported, OllamapyError
 from ollamapy.lifecycle.residents import Residents
-from ollamapy.server import compat, inference, library
+from ollamapy.server import compat, inference, library, metrics
 from ollamapy.server.catalog import Services
-from ollamapy.server.middleware import Disconnects, Guard
+from ollamapy.server.middleware import REQUEST_ID_HEADER, Disconnects, Guard, Recorded
+from ollamapy.server.record import Totals, current
 from ollamapy.server.stream import INTERNAL, JSON, error_response
 from ollamapy.store.library import Library
 
@@ -91,17 +94,27 @@ def _route(methods: list[str], path: str, handler: Handler) -> Route:
     return made
 
 
-def create_app(settings: Settings) -> Starlette:
-    """The server. Its lifespan starts the process that engines are forked from, and ends all engines."""
-    services = Services(settings, Library(settings.models, noprune=settings.noprune), Residents(settings))
-    address = Address.parse(settings.host)
+def create_app(
+    settings: Settings, residents: Residents | None = None, metrics_sockets: list[socket.socket] | None = None
+) -> Starlette:
+    """The server. Its lifespan starts the process that engines are forked from, and ends all engines.
+
+    `metrics_sockets`: listen already, on the address of `settings.metrics`.
+    """
+    services = Services(settings, Library(settings.models, noprune=settings.noprune), residents or Residents(settings))
+    address, totals = Address.parse(settings.host), Totals()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         services.residents.start()
         pruning = asyncio.create_task(_prune(services.library))
         try:
-            yield
+            async with AsyncExitStack() as stack:
+                if metrics_sockets:
+                    shown = metrics.Metrics(totals, services.residents)
+                    await stack.enter_async_context(metrics.serving(shown, Address.parse(settings.metrics), metrics_sockets))
+                gc.freeze()  # what start-up made stays; collections while tokens flow need not walk it
+                yield
         finally:
             await services.residents.close()
             await services.formats.close()
@@ -115,7 +128,7 @@ def create_app(settings: Settings) -> Starlette:
 
     app = Starlette(
         routes=routes(),
-        middleware=[Middleware(Guard, address, settings.origins), Middleware(Disconnects)],
+        middleware=[Middleware(Recorded, totals), Middleware(Guard, address, settings.origins), Middleware(Disconnects)],
         exception_handlers={OllamapyError: failed, HTTPException: _refused, Exception: _broken},
         lifespan=lifespan,
     )
@@ -131,7 +144,9 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     """A bug of ours: its text stays in the log (Starlette raises it again, and the server logs it)."""
-    return error_response(request.url.path, OllamapyError(INTERNAL))
+    response = error_response(request.url.path, OllamapyError(INTERNAL))
+    response.headers[REQUEST_ID_HEADER] = current().id
+    return response
 
 
 async def _prune(library: Library) -> None:

@@ -21,6 +21,7 @@ from ollamapy.gguf.reader import GGUFFile
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.names import ModelName, split_source
+from ollamapy.server.record import current
 from ollamapy.server.structured import Formats
 from ollamapy.store.library import Library, LocalModel
 from ollamapy.store.manifests import MODEL, ConfigBlob, Manifest
@@ -42,7 +43,9 @@ class Services:
 
     async def open(self, text: str) -> LocalModel:
         """The model of a name as a request has it. Raises BadRequest, NotFound, NotSupported."""
-        return await asyncio.to_thread(self.library.open, parse_name(text))
+        model = await asyncio.to_thread(self.library.open, parse_name(text))
+        current().begin(model.name.short())
+        return model
 
     async def capabilities(self, model: LocalModel) -> list[str]:
         """What the model can do, read from its file's header; the answer is kept by the model's digest."""

@@ -14,6 +14,7 @@ from ollamapy.api.types import EmbedRequest, EmbedResponse
 from ollamapy.errors import BadRequest, EngineError, NotFound, NotSupported
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.server.catalog import Services
+from ollamapy.server.record import current
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
@@ -48,6 +49,9 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
         encoded = [_cut(ids, loaded.tokenizer, limit, request.truncate) for ids in encoded]
         vectors = await _run(loaded, encoded)
     num_tokens = sum(map(len, encoded))
+    record = current()
+    record.prompt_tokens = num_tokens
+    record.generated("stop", None)
     if num_tokens < total:
         warnings.append(f"the input was truncated: {total - num_tokens} of its {total} tokens were cut")
     return EmbedResponse(

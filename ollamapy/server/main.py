@@ -17,6 +17,7 @@ from ollamapy import __version__
 from ollamapy.api.address import Address
 from ollamapy.env import Settings
 from ollamapy.errors import OllamapyError
+from ollamapy.lifecycle.residents import Residents
 from ollamapy.server.app import create_app
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,13 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, residents: Residents | None = None) -> int:
     """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 when the address cannot be listened on."""
     _set_up_logging(settings)
     address = Address.parse(settings.host)
     try:
         sockets = listen(address)
+        metrics_sockets = listen(Address.parse(settings.metrics)) if settings.metrics else []
     except ListenError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
@@ -61,13 +63,13 @@ def run(settings: Settings) -> int:
     if not address.is_loopback:
         log.warning("listening on %s without authentication: everyone who reaches this port can use it", address.netloc)
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, residents, metrics_sockets),
         loop="uvloop",
         http="httptools",
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=bool(settings.debug),
+        access_log=False,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=IDLE_SECONDS,
@@ -75,6 +77,8 @@ def run(settings: Settings) -> int:
     )
     server = _Server(config)
     log.info("listening on %s (version %s)", ", ".join(_shown(s) for s in sockets), __version__)
+    if metrics_sockets:
+        log.info("metrics on %s", ", ".join(_shown(s) for s in metrics_sockets))
     server.run(sockets)
     return 0
 

@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -19,10 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollamapy.api.address import Address
 from ollamapy.errors import OllamapyError
+from ollamapy.server.record import Record, Totals, current, enter
 from ollamapy.server.stream import WARNING_HEADER, error_response
 
 log = logging.getLogger(__name__)
 
+REQUEST_ID_HEADER = "X-Request-Id"
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADERS = 100
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "0.0.0.0")
@@ -107,6 +109,35 @@ def _host_of(header: str) -> str:
     return (match[1] or match[2]).lower() if match else ""
 
 
+class Recorded:
+    """Gives every request an id of ours, which its answer carries, and keeps its record. The outermost of all."""
+
+    def __init__(self, app: ASGIApp, totals: Totals) -> None:
+        self.app, self._totals = app, totals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        client = scope.get("client")
+        record = Record(self._totals, scope["method"], scope["path"], f"{client[0]}:{client[1]}" if client else "")
+        enter(record)
+
+        def sending(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.id
+            return send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception:
+            record.status = record.status or 500  # answered by what is around us
+            raise
+        finally:
+            record.close()
+
+
 class Guard:
     """Refuses requests before routing. 403 for Host has no body, as Ollama's."""
 
@@ -155,7 +186,7 @@ def _is_json(content_type: str) -> bool:
 
 def _cors(origin: str, any: bool) -> dict[str, str]:
     allowed = {"Access-Control-Allow-Origin": "*"} if any else {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-    return {**allowed, "Access-Control-Expose-Headers": WARNING_HEADER}
+    return {**allowed, "Access-Control-Expose-Headers": f"{WARNING_HEADER}, {REQUEST_ID_HEADER}"}
 
 
 def _preflight(headers: Headers, cors: dict[str, str]) -> dict[str, str]:
@@ -200,11 +231,11 @@ class Disconnects:
                 gone = True
                 handler.cancel()
 
-        async def sending(message: Message) -> None:
+        def sending(message: Message) -> Awaitable[None]:  # no coroutine of its own: every token passes here
             nonlocal answered
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 answered = True
-            await send(message)
+            return send(message)
 
         watcher = asyncio.create_task(watch())
         try:
@@ -213,6 +244,7 @@ class Disconnects:
             if not gone:
                 raise
             handler.uncancel()
+            current().client_left()
             log.debug("%s %s: the client left", scope["method"], scope["path"])
         finally:
             watcher.cancel()

@@ -15,6 +15,7 @@ class StopFilter:
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(dict.fromkeys(stop for stop in stops if stop))
         self._longest = max(map(len, self._stops), default=0)
+        self._firsts = frozenset(stop[0] for stop in self._stops)
         self._held = ""
         self.passed = 0
         self.stopped = False
@@ -23,7 +24,7 @@ class StopFilter:
         """What can be shown now; "" for all that comes after a stop string."""
         if self.stopped:
             return ""
-        if not self._stops:
+        if not self._held and self._firsts.isdisjoint(text):  # most texts: no stop string begins here
             self.passed += len(text)
             return text
         text = self._held + text

@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,6 +28,7 @@ from ollamapy.server.prompt import Prompt, Room
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
+_MORE: dict[str, Any] = {"done": False}
 _INLINE_CHARS = 4096  # a longer prompt is rendered and encoded in a thread
 
 
@@ -49,8 +51,7 @@ class Turn:
     unsupported: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """A piece and what its line says besides: `fields` are those of `api.types.Reply`."""
 
     piece: Piece
@@ -61,7 +62,12 @@ class Said:
 def timestamp() -> str:
     """Now, as RFC 3339 in UTC with nanoseconds."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+    return f"{_second(seconds)}.{nanoseconds:09d}Z"
+
+
+@lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 async def run(services: Services, request: Inference, turn: Turn, warnings: list[str]) -> AsyncGenerator[Said]:
@@ -99,7 +105,7 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         async with aclosing(answer(loaded.engine, loaded.tokenizer, prompt.ids, params, stops, parser)) as pieces:
             async for piece in pieces:
                 if piece.end is None:
-                    yield Said(piece, {"done": False}, [])
+                    yield Said(piece, _MORE, [])
                 else:
                     yield _last(piece, prompt, arrival, load_ns)
 

@@ -20,18 +20,23 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continues: bool = False) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._bytes = tokenizer.shown_bytes if skip_special else tokenizer.token_bytes
         self._strip = tokenizer.strips_first_space and not continues
         self._decoder = _Utf8Decoder("replace")
+        self._partial = False  # the decoder may hold a part of a character
 
     def feed(self, ids: Iterable[int]) -> str:
         """The characters that `ids` complete; "" when there are none yet."""
-        tokenizer = self._tokenizer
-        raw = b"".join(tokenizer.token_bytes(id) for id in ids if not (self._skip_special and tokenizer.is_control(id)))
+        raw = b"".join(map(self._bytes, ids))
         if raw and self._strip:
             self._strip = False
             raw = raw.removeprefix(b" ")
-        return self._decoder.decode(raw)
+        if not self._partial and raw.isascii():
+            return raw.decode("ascii")
+        self._partial = True
+        text = self._decoder.decode(raw)
+        self._partial = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Ends the text."""

@@ -48,6 +48,7 @@ class Tokenizer:
         self._all_added = AddedTokens(added)
         self._user_defined = AddedTokens(token for token in added if self._types[token.id] == TokenType.USER_DEFINED)
         self._bytes: dict[int, bytes] = {}
+        self._shown: dict[int, bytes] = {}
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, embedding_rows: int | None = None) -> Tokenizer:
@@ -91,6 +92,13 @@ class Tokenizer:
         found = self._bytes.get(id)
         if found is None:
             found = self._bytes[id] = self._to_bytes(self.token_text(id), self._types[id])
+        return found
+
+    def shown_bytes(self, id: int) -> bytes:
+        """The bytes that a token adds to the text: `token_bytes`, none for a control token."""
+        found = self._shown.get(id)
+        if found is None:
+            found = self._shown[id] = b"" if self.is_control(id) else self.token_bytes(id)
         return found
 
     def token_text(self, id: int) -> str:
