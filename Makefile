@@ -1,5 +1,5 @@
 # make run [PROMPT="..."]   set up, start the daemon if none answers, chat with the embedded model
-# make test | test-slow | lint | bench | clean
+# make test | test-slow | test-sanitize | lint | bench | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ TORCH  := 2.13.0
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: run test test-slow lint bench bench-cpu bench-serve bench-profile clean
+.PHONY: run test test-slow test-sanitize lint bench bench-cpu bench-serve bench-profile clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ollamapy quickstart $(if $(PROMPT),-- "$$PROMPT")
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# The kernels' tests on a library with the address and undefined behaviour sanitizers: 5 minutes
+test-sanitize: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.csrc.sanitize
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

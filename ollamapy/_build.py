@@ -146,19 +146,21 @@ def compile_commands(sources: Path, torch: Path, cxx: str, chosen: tuple[str, ..
     return commands
 
 
-def build(target: Path, folder: Path, commands: Mapping[str, Sequence[str]], torch: Path, jobs: int = 0) -> None:
+def build(
+    target: Path, folder: Path, commands: Mapping[str, Sequence[str]], torch: Path, jobs: int = 0, extra: Sequence[str] = ()
+) -> None:
     """Runs `compile_commands` and links into `target`, which appears whole or not at all; objects go to `folder`.
 
-    Raises BuildError.
+    `extra` flags go to the compiler and the linker. Raises BuildError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        list(pool.map(lambda name: _run([*commands[name], "-o", str(folder / name)]), commands))
+        list(pool.map(lambda name: _run([*commands[name], *extra, "-o", str(folder / name)]), commands))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     objects = [str(folder / name) for name in commands]
     cxx = next(iter(commands.values()))[0]
-    _run([cxx, *objects, f"-L{torch / 'lib'}", *LINK, "-o", str(partial)])
+    _run([cxx, *objects, f"-L{torch / 'lib'}", *LINK, *extra, "-o", str(partial)])
     os.replace(partial, target)
 
 

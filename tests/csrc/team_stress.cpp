@@ -1,0 +1,105 @@
+// The thread team alone: `check RUNS` runs changing numbers of threads through barriers; `fork RUNS` in a child, too;
+// `time SECONDS` prints how many runs of four barriers and some 20 us of work two threads get done; `idle` prints the
+// CPU seconds that a team burns in a second without work.
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/team.h"
+
+namespace team = ollamapy::team;
+
+namespace {
+
+constexpr int kMost = 7, kRounds = 5;
+struct Job {
+  int seen[kRounds][kMost];
+  int expected;
+  bool wrong;
+};
+
+void meet_often(void* argument, int thread, int count) {
+  Job& job = *static_cast<Job*>(argument);
+  for (int round = 0; round < kRounds; round++) {
+    job.seen[round][thread] = job.expected + round;
+    team::barrier(count);
+    for (int other = 0; other < count; other++)
+      if (job.seen[round][other] != job.expected + round) __atomic_store_n(&job.wrong, true, __ATOMIC_RELAXED);
+  }
+}
+
+void check(int runs, unsigned seed) {
+  std::mt19937 random(seed);
+  for (int i = 0; i < runs; i++) {
+    Job job{};
+    job.expected = i * kRounds + 1;
+    const int count = 1 + int(random() % kMost);
+    team::run(count, meet_often, &job);
+    if (job.wrong) std::abort();
+    std::vector<int> touched(random() % 40);
+    team::set_size(1 + int(random() % kMost));
+    team::share(int64_t(touched.size()), 1 + int64_t(random() % 5), [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; j++) touched[size_t(j)] += 1;
+    });
+    for (const int times : touched)
+      if (times != 1) std::abort();
+    if (random() % 500 == 0) usleep(200);  // long enough for helpers to fall asleep
+  }
+}
+
+double now(clockid_t clock) {
+  timespec t;
+  clock_gettime(clock, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+void work_and_meet(void*, int, int count) {
+  for (int round = 0; round < 4; round++) {
+    volatile float x = 1.0f;
+    for (int i = 0; i < 5000; i++) x = x * 1.000001f;
+    team::barrier(count);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 2 && !strcmp(argv[1], "check")) {
+    check(std::atoi(argv[2]), 1);
+    return 0;
+  }
+  if (argc > 2 && !strcmp(argv[1], "fork")) {
+    check(std::atoi(argv[2]), 1);
+    const pid_t child = fork();
+    if (child == 0) {
+      check(std::atoi(argv[2]), 2);
+      _exit(0);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    check(std::atoi(argv[2]), 3);
+    return status != 0;
+  }
+  if (argc > 2 && !strcmp(argv[1], "time")) {
+    const double end = now(CLOCK_MONOTONIC) + std::atof(argv[2]);
+    long runs = 0;
+    for (; now(CLOCK_MONOTONIC) < end; runs++) team::run(2, work_and_meet, nullptr);
+    std::printf("%ld\n", runs);
+    return 0;
+  }
+  if (argc > 1 && !strcmp(argv[1], "idle")) {
+    check(50, 1);
+    usleep(20000);
+    const double before = now(CLOCK_PROCESS_CPUTIME_ID);
+    sleep(1);
+    std::printf("%.4f\n", now(CLOCK_PROCESS_CPUTIME_ID) - before);
+    return 0;
+  }
+  return 2;
+}

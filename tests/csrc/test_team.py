@@ -1,0 +1,61 @@
+"""The kernels' thread team by itself: right with any number of threads, quiet when idle, no collapse beside another team."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CXX = shutil.which("g++") or shutil.which("c++")
+pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler on this machine")
+
+
+def _compile(folder: Path, *flags: str) -> Path:
+    program = folder / "team_stress"
+    sources = [str(ROOT / "tests" / "csrc" / "team_stress.cpp"), str(ROOT / "csrc" / "cpu" / "team.cpp")]
+    subprocess.run([str(CXX), "-std=c++20", "-O2", "-pthread", *flags, *sources, "-o", str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _compile(tmp_path_factory.mktemp("team"))
+
+
+def _run(program: Path, *arguments: str) -> str:
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_changing_numbers_of_threads(program: Path) -> None:
+    _run(program, "check", "1500")
+
+
+def test_a_forked_child_has_a_team_of_its_own(program: Path) -> None:
+    _run(program, "fork", "200")
+
+
+@pytest.mark.slow
+def test_no_data_race(tmp_path: Path) -> None:
+    _run(_compile(tmp_path, "-g", "-fsanitize=thread"), "check", "300")
+
+
+def test_a_sleeping_team_takes_no_time(program: Path) -> None:
+    assert float(_run(program, "idle")) < 0.002
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) > 4, reason="there are cores for both")
+def test_two_teams_on_the_same_cores_share_them(program: Path) -> None:
+    """Two processes of two threads each, on two cores, do together most of what one does alone. Barriers that spin until the
+    other thread comes would get 2 % of it done."""
+    alone = int(_run(program, "time", "1"))
+    both = [subprocess.Popen([str(program), "time", "1"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    counts = [int(process.communicate(timeout=60)[0]) for process in both]
+    print(f"alone {alone} runs a second, together {counts}: {sum(counts) / alone:.2f}")
+    assert sum(counts) >= 0.25 * alone
