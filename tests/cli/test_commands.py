@@ -197,7 +197,6 @@ def test_an_interrupted_answer_ends_the_generation(daemon: Daemon) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs have it ignored
     )
     assert process.stdout is not None
     assert process.stdout.read(60).startswith(b" zero one two three")
