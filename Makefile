@@ -36,7 +36,7 @@ bench-cpu: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.cpu
 
 bench-serve: $(VENV)/.installed-dev
-	$(BIN)/python -m bench.serve_http
+	$(BIN)/python -m bench.serve
 
 bench-profile: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.profile_cpu

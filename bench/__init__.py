@@ -1,1 +1,1 @@
-"""Measurements, each runnable alone: `python -m bench.cpu`, `bench.serve_http`, `bench.profile_cpu`. Never installed."""
+"""Measurements, each runnable alone: `python -m bench.cpu`, `bench.serve`, `bench.profile_cpu`. Never installed."""

@@ -1,30 +1,34 @@
-"""Servers under measurement, started for it and stopped after it: our daemon in a home of its own, and llama-server."""
+"""Servers under measurement, started for it and stopped after it: our daemon in a home of its own, llama-server, vLLM."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
 from bench.llama_cpp import PeerError
+from ollamapy.gguf.reader import GGUFFile
 from tests import daemon
 
 NAME = "bench"
-CONTEXT = 1024  # tokens of each user
-START_SECONDS = 120.0
+CONTEXT = 2048  # tokens of each user
+START_SECONDS = 240.0  # vLLM compiles for a minute or two
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """`first_token_s`: our daemon from a request for a model that is not loaded, llama-server from its start."""
+    """`first_token_s`: our daemon from a request for a model that is not loaded, the others from their start."""
 
     url: str
     model: str
@@ -64,19 +68,65 @@ def llama(folder: Path, model: Path, threads: int, users: int) -> Iterator[Runni
     url = f"http://127.0.0.1:{port}"
     command = [str(folder / "llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-fa", "on"]
     command += ["-np", str(users), "-c", str(users * CONTEXT), "-t", str(threads), "-tb", str(threads), "-ngl", "0"]
+    with started(command, url, model.name) as running:
+        yield running
+
+
+@contextmanager
+def vllm(program: Path, folder: Path, model: Path, threads: int) -> Iterator[Running]:
+    """vLLM's CPU build on a transformers folder of the same weights in bf16; the chat template is that of the GGUF."""
+    port = daemon.free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as scratch:
+        with GGUFFile.open(model) as file:
+            template = Path(scratch) / "chat.jinja"
+            template.write_text(file.metadata["tokenizer.chat_template"])
+        command = [
+            str(program),
+            "serve",
+            str(folder),
+            "--served-model-name",
+            NAME,
+            "--dtype",
+            "bfloat16",
+            "--host",
+            "127.0.0.1",
+        ]
+        command += ["--port", str(port), "--max-model-len", str(CONTEXT), "--chat-template", str(template)]
+        variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
+        variables |= {"OMP_NUM_THREADS": str(threads)}
+        with started(command, url, NAME, variables) as running:
+            yield running
+
+
+def vllm_folders() -> dict[str, Path]:
+    """Model -> transformers folder, of VLLM_MODELS."""
+    pairs = [pair.partition("=") for pair in os.environ.get("VLLM_MODELS", "").split(",") if "=" in pair]
+    return {name.strip(): Path(folder.strip()) for name, _, folder in pairs}
+
+
+@contextmanager
+def started(command: list[str], url: str, model: str, variables: dict[str, str] | None = None) -> Iterator[Running]:
+    """A peer's process from its start to its end, once it has answered one token. In a group of its own: vLLM has children."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until_healthy(url, process)
-        request = {"prompt": "Hello", "n_predict": 1, "temperature": 0}
-        timed_answer(f"{url}/completion", request)
-        yield Running(url, model.name, time.perf_counter() - start)
-    finally:
-        process.terminate()
-        process.wait(20)
+    with tempfile.TemporaryFile() as said:
+        environment = {**os.environ, **(variables or {})}
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
+        try:
+            wait_until_healthy(url, process, said)
+            request = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+            timed_answer(f"{url}/v1/completions", request)
+            yield Running(url, model, time.perf_counter() - start)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -85,7 +135,9 @@ def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.005)
-    raise PeerError(f"llama-server did not come up (status {process.poll()})")
+    said.seek(0)
+    tail = said.read().decode(errors="replace").splitlines()[-5:]
+    raise PeerError(f"{process.args} did not come up (status {process.poll()}): {' / '.join(tail)}")
 
 
 def timed_answer(url: str, request: dict[str, Any]) -> float:

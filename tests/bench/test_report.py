@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from bench import figures, llama_cpp, plot, table, vllm
 from bench.figures import Work
-from bench.serve_http import Stream, Target, body, percentile, prompt, read_piece, render, summary
 
 REPORT: dict[str, Any] = {
     "machine": {"cpu": "Some CPU", "isa": "avx512bf16", "torch": "2.13.0", "commit": "abc", "load_average": 0.1},
@@ -103,42 +101,6 @@ def test_plot_is_drawn_or_says_what_is_missing(tmp_path: Path) -> None:
     drawn = (tmp_path / "x.png").exists()
     assert drawn == said.startswith("drew")
     assert drawn or "ollamapy[bench]" in said
-
-
-def test_stream_summary() -> None:
-    first = Stream(sent=0.0, arrivals=[0.1, 0.2, 0.3], tokens=3)
-    second = Stream(sent=0.0, arrivals=[0.3, 0.4, 0.6], tokens=5)
-    found = summary([first, second], seconds=2.0)
-    assert found["tokens_per_s"] == 4.0 and found["users"] == 2
-    assert found["ttft_p50_ms"] == pytest.approx(100.0) and found["ttft_p99_ms"] == pytest.approx(300.0)
-    assert found["gap_p50_ms"] == pytest.approx(100.0) and found["gap_p99_ms"] == pytest.approx(200.0)
-    assert found["decode_per_stream"] == pytest.approx(2 / 0.2)
-    assert math.isnan(percentile([], 50))
-
-
-def test_pieces_of_both_dialects() -> None:
-    assert read_piece("ollama", '{"message": {"content": "a"}, "done": false}') == (True, 0)
-    assert read_piece("ollama", '{"message": {"content": ""}, "done": true, "eval_count": 7}') == (False, 7)
-    with pytest.raises(RuntimeError, match="broken"):
-        read_piece("ollama", '{"error": "broken"}')
-    assert read_piece("openai", 'data: {"choices": [{"delta": {"content": "a"}}]}') == (True, 0)
-    assert read_piece("openai", 'data: {"choices": [], "usage": {"completion_tokens": 9}}') == (False, 9)
-    assert read_piece("openai", "data: [DONE]") == (False, 0)
-    assert read_piece("openai", ": keep-alive") == (False, 0)
-
-
-def test_requests_of_both_dialects() -> None:
-    path, asked = body(Target("http://x", "m", "ollama"), "hi", 5)
-    assert path == "/api/chat" and asked["options"] == {"temperature": 0, "num_predict": 5}
-    path, asked = body(Target("http://x", "m", "openai"), "hi", 5)
-    assert path == "/v1/chat/completions" and asked["max_tokens"] == 5 and asked["stream_options"] == {"include_usage": True}
-    assert len({prompt(number) for number in range(64)}) == 64
-
-
-def test_rows_are_rendered() -> None:
-    lines = render([{"server": "s", "users": 1, "tokens_per_s": 12.34, "rate": None}]).splitlines()
-    assert cells(lines[0]) == ["server", "users", "tokens_per_s", "rate"]
-    assert cells(lines[2]) == ["s", "1", "12.3", "-"]
 
 
 def test_vllm_servers_are_named_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
