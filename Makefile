@@ -1,5 +1,5 @@
 # make run [PROMPT="..."]   set up, start the daemon if none answers, chat with the embedded model
-# make test | test-slow | test-sanitize | lint | bench | clean
+# make test | test-slow | test-sanitize | lint | bench | bench-cpu | bench-serve | bench-profile | soak [MINUTES=20] | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ TORCH  := 2.13.0
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: run test test-slow test-sanitize lint bench bench-cpu bench-serve bench-profile clean
+.PHONY: run test test-slow test-sanitize lint bench bench-cpu bench-serve bench-profile soak clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ollamapy quickstart $(if $(PROMPT),-- "$$PROMPT")
@@ -37,6 +37,10 @@ bench-cpu: $(VENV)/.installed-dev
 
 bench-serve: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.serve
+
+# A daemon under mixed load; fails when memory, files or threads grow or anything is still held at the end
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),20)
 
 bench-profile: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.profile_cpu
