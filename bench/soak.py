@@ -39,7 +39,7 @@ GROWTH = {"rss": 0.03, "files": 0.1, "threads": 0.1, "processes": 0.1}  # of the
 SETTLE_SECONDS = 20.0  # for everything to be given back at the end
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
 MISTAKES: tuple[tuple[str, dict[str, Any], int], ...] = (
-    ("/api/chat", {"model": servers.NAME, "messages": [{"role": "nobody", "content": "x"}]}, 400),
+    ("/api/chat", {"model": servers.NAME, "options": {"temperature": "hot"}}, 400),
     ("/api/generate", {"model": "not-here", "prompt": "x"}, 404),
     ("/v1/chat/completions", {"model": servers.NAME, "messages": []}, 400),
     ("/api/generate", {"model": servers.NAME, "prompt": "x", "format": {"type": "no such type"}}, 400),
@@ -137,7 +137,7 @@ class Samples:
                 row |= {f"{name} rss": process.memory_info().rss / 2**20, f"{name} files": float(process.num_fds())}
                 row[f"{name} threads"] = float(process.num_threads())
         figures = ("used_blocks", "num_running", "num_waiting")
-        return row | {name.replace("_", " "): float(engine[name]) for name in figures}
+        return row | {name.replace("_", " "): float(engine["stats"][name]) for name in figures}
 
     async def watch(self, until: float, say: Callable[[str], None]) -> None:
         told = 0.0

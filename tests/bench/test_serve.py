@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 from collections.abc import Iterator
@@ -78,6 +79,10 @@ class Answers(BaseHTTPRequestHandler):
         with self.lock:
             Answers.active -= 1
         self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": 7}}\n\ndata: [DONE]\n\n')
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client leaves a stream that says "error"
+            super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
