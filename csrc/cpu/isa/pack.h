@@ -106,7 +106,7 @@ INLINE void get_lane(const uint8_t* q, uint8_t b[32]) {
   }
 }
 
-// plane S record of one block, row r: halves first (16 x 2 bytes each), then single bytes (16 each)
+// The scale record of one block, row r: halves first (16 x 2 bytes each), then single bytes (16 each)
 template <class T, bool unpack>
 INLINE void move_scales(std::conditional_t<unpack, uint8_t, const uint8_t>* block, std::conditional_t<unpack, const uint8_t, uint8_t>* s, int r) {
   constexpr Fields f = fields<T>();
@@ -125,18 +125,19 @@ template <class T>
 void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile_begin, int64_t tile_end) {
   const int64_t blocks = k / T::kBlock, row_bytes = blocks * T::kBlockBytes, groups = k / 32;
   for (int64_t t = tile_begin; t < tile_end; t++) {
-    uint8_t* q = tiles + t * 16 * row_bytes;
-    uint8_t* s = q + groups * 64 * T::kGroupVectors;
-    if ((t + 1) * 16 > n) memset(q, 0, size_t(16 * row_bytes));
+    uint8_t* tile = tiles + t * 16 * row_bytes;
+    if ((t + 1) * 16 > n) memset(tile, 0, size_t(16 * row_bytes));
     for (int r = 0; r < 16 && t * 16 + r < n; r++)
       for (int64_t b = 0; b < blocks; b++) {
         const uint8_t* block = rows + (t * 16 + r) * row_bytes + b * T::kBlockBytes;
-        for (int g = 0; g < T::kBlock / 32; g++) {
+        const Chunk<T> chunk = chunk_of<T>(tile, b * T::kBlockGroups, groups);
+        const int first = int(b * T::kBlockGroups % kChunkGroups);
+        for (int g = 0; g < T::kBlockGroups; g++) {
           uint8_t quants[32];
           read_group<T>(block, g, quants);
-          put_lane<T>(q + (b * (T::kBlock / 32) + g) * 64 * T::kGroupVectors + 4 * r, quants);
+          put_lane<T>(const_cast<uint8_t*>(chunk.group(first + g)) + 4 * r, quants);
         }
-        move_scales<T, false>(block, s + b * 16 * T::kScaleBytes, r);
+        move_scales<T, false>(block, const_cast<uint8_t*>(chunk.record(first)), r);
       }
   }
 }
@@ -144,18 +145,19 @@ template <class T>
 void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t tile_begin, int64_t tile_end) {
   const int64_t blocks = k / T::kBlock, row_bytes = blocks * T::kBlockBytes, groups = k / 32;
   for (int64_t t = tile_begin; t < tile_end; t++) {
-    const uint8_t* q = tiles + t * 16 * row_bytes;
-    const uint8_t* s = q + groups * 64 * T::kGroupVectors;
+    const uint8_t* tile = tiles + t * 16 * row_bytes;
     for (int r = 0; r < 16 && t * 16 + r < n; r++)
       for (int64_t b = 0; b < blocks; b++) {
         uint8_t* block = rows + (t * 16 + r) * row_bytes + b * T::kBlockBytes;
         memset(block, 0, T::kBlockBytes);
-        for (int g = 0; g < T::kBlock / 32; g++) {
+        const Chunk<T> chunk = chunk_of<T>(tile, b * T::kBlockGroups, groups);
+        const int first = int(b * T::kBlockGroups % kChunkGroups);
+        for (int g = 0; g < T::kBlockGroups; g++) {
           uint8_t quants[32];
-          get_lane<T>(q + (b * (T::kBlock / 32) + g) * 64 * T::kGroupVectors + 4 * r, quants);
+          get_lane<T>(chunk.group(first + g) + 4 * r, quants);
           write_group<T>(block, g, quants);
         }
-        move_scales<T, true>(block, s + b * 16 * T::kScaleBytes, r);
+        move_scales<T, true>(block, chunk.record(first), r);
       }
   }
 }

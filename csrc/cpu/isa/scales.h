@@ -1,4 +1,4 @@
-// The scales of one group of 32 k of a tile, as 16-row float vectors, from plane S.
+// The scales of one group of 32 k of a tile, as 16-row float vectors.
 #pragma once
 #include "tile.h"
 #include <type_traits>
@@ -20,7 +20,7 @@ INLINE F e8m0_half(const uint8_t* e) {  // 2^(e - 128): half the e8m0 value, bec
   return load(f);
 }
 
-// s: the S record of the block that holds the group; g: group within the block
+// s: the scale record of the block that holds the group; g: group within the block
 template <class T>
 INLINE GroupScales group_scales(const uint8_t* s, int g) {
   GroupScales out;

@@ -1,12 +1,13 @@
 // The packed weight layout and how each GGUF type is read from it.
 //
-// Rows are grouped in tiles of 16; a tile holds exactly the bits of its 16 rows (16 * row_bytes bytes), permuted:
-//   plane Q  per group of 32 k: the quants as 64-byte vectors, each 4 consecutive k ("quad") of 16 rows
+// Rows are grouped in tiles of 16; a tile holds exactly the bits of its 16 rows (16 * row_bytes bytes), permuted. It goes
+// along k in chunks of 256 (the last may be shorter), so that a matmul reads memory in one line from end to end. A chunk:
+//   scales  per block of the type: its scale bytes, byte i of the 16 rows side by side; 16-bit fields as 16 halves
+//   quants  per group of 32 k: 64-byte vectors, each 4 consecutive k ("quad") of 16 rows
 //              4-bit part   4 vectors; vector v: low nibbles = quad v, high nibbles = quad v + 4
 //              2-bit part   2 vectors; vector v: bits 2j of quad 4v + j
 //              1-bit part   1 vector;  bit q of each byte = quad q
 //              8-bit part   8 vectors, sign bit flipped (so that it is unsigned)
-//   plane S  per block of the type: its scale bytes, byte i of the 16 rows side by side; 16-bit fields as 16 halves
 // N is padded to a multiple of 16 with zero bits (zero scales: the rows add nothing).
 #pragma once
 #include "simd.h"
@@ -14,19 +15,23 @@
 namespace ollamapy::OLLAMAPY_ISA {
 namespace {
 
+constexpr int kChunkGroups = 8;  // groups of 32 k
+
 struct GroupScales {  // of one group of 32 k: value = scale * (unsigned quant - zero) + min
   F scale[2];         // [1] only if halves
   F min[2];
 };
 
 
-// bits: width of the quant; zero_log2: log2 of the offset (-1: none); halves: scales per 16 k; block: k per S record
+// bits: width of the quant; zero_log2: log2 of the offset (-1: none); halves: scales per 16 k; block: k per scale record
 template <int base_bits, int extra_bits, int zero, bool has_min, bool per16, int block, int block_bytes>
 struct Layout {
   static constexpr int kBase = base_bits, kExtra = extra_bits, kZeroLog2 = zero, kBlock = block, kBlockBytes = block_bytes;
   static constexpr bool kMin = has_min, kHalves = per16;
-  static constexpr int kGroupVectors = base_bits + extra_bits;               // 64-byte vectors per group in plane Q
-  static constexpr int kScaleBytes = block_bytes - block * (base_bits + extra_bits) / 8;  // per row and block in plane S
+  static constexpr int kGroupVectors = base_bits + extra_bits;               // 64-byte vectors per group of quants
+  static constexpr int kScaleBytes = block_bytes - block * (base_bits + extra_bits) / 8;  // per row and block
+  static constexpr int kBlockGroups = block / 32, kGroupBytes = 64 * kGroupVectors;
+  static constexpr int kChunkBytes = kChunkGroups / kBlockGroups * 16 * block_bytes;      // of a whole chunk
   static constexpr bool kWide = base_bits == 8;
   static constexpr bool kTable = false;
 };
@@ -48,6 +53,21 @@ alignas(16) constexpr uint8_t kTableIQ4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 
 alignas(16) constexpr uint8_t kTableMXFP4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};           // +16
 
 template <class T> INLINE const uint8_t* table() { return std::is_same_v<T, MXFP4> ? kTableMXFP4 : kTableIQ4; }
+
+// Where a chunk keeps the parts of its groups.
+template <class T>
+struct Chunk {
+  const uint8_t *scales, *quants;
+  INLINE Chunk(const uint8_t* at, int groups) : scales(at), quants(at + groups / T::kBlockGroups * 16 * T::kScaleBytes) {}
+  INLINE const uint8_t* record(int g) const { return scales + g / T::kBlockGroups * 16 * T::kScaleBytes; }
+  INLINE const uint8_t* group(int g) const { return quants + g * T::kGroupBytes; }
+};
+// The chunk that holds group `group` of a row of `groups`.
+template <class T>
+INLINE Chunk<T> chunk_of(const uint8_t* tile, int64_t group, int64_t groups) {
+  const int64_t first = group / kChunkGroups * kChunkGroups;
+  return {tile + first / kChunkGroups * T::kChunkBytes, int(groups - first < kChunkGroups ? groups - first : kChunkGroups)};
+}
 
 // The 8 quads of one group as unsigned bytes.
 template <class T>
