@@ -91,7 +91,7 @@ class Counter:
             finish = None
             if self._done[request_id] == most:
                 del self._running[request_id], self._done[request_id]
-                finish = Finish("length", prompt, completion_tokens=most)
+                finish = Finish("length", prompt, completion_tokens=most, queue_ns=1000, prompt_ns=1000, decode_ns=1000)
             outputs.append(Output(request_id, [token], finish=finish))
         return [Step(outputs)] if outputs else list[Embedding]()
 

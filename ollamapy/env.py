@@ -89,6 +89,9 @@ class Settings:
     metrics: str = _variable(
         "OLLAMAPY_METRICS", str, "", "Address for Prometheus' /metrics, such as 127.0.0.1:9464 (default: none)"
     )
+    otlp_endpoint: str = _variable(
+        "OTEL_EXPORTER_OTLP_ENDPOINT", str, "", "Collector that spans of requests go to, such as http://127.0.0.1:4318"
+    )
     cpu_isa: str = _variable("OLLAMAPY_CPU_ISA", str, "", "Force an instruction set: base, avx2, avx512vnni, avx512bf16")
     no_extension: bool = _variable("OLLAMAPY_NO_EXTENSION", _boolean, False, "Do not load or build the C++ extension")
     cxx: str = _variable("CXX", str, "", "")

@@ -21,7 +21,7 @@ from ollamapy.api.address import Address
 from ollamapy.env import Settings
 from ollamapy.errors import NotSupported, OllamapyError
 from ollamapy.lifecycle.residents import Residents
-from ollamapy.server import compat, inference, library, metrics
+from ollamapy.server import compat, inference, library, metrics, tracing
 from ollamapy.server.catalog import Services
 from ollamapy.server.middleware import REQUEST_ID_HEADER, Disconnects, Guard, Recorded
 from ollamapy.server.record import Totals, current
@@ -103,6 +103,7 @@ def create_app(
     """
     services = Services(settings, Library(settings.models, noprune=settings.noprune), residents or Residents(settings))
     address, totals = Address.parse(settings.host), Totals()
+    spans = tracing.start(settings.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -119,6 +120,8 @@ def create_app(
             await services.residents.close()
             await services.formats.close()
             await pruning
+            if spans is not None:
+                await asyncio.to_thread(spans.close)
 
     async def failed(request: Request, error: Exception) -> Response:
         assert isinstance(error, OllamapyError)
@@ -128,7 +131,7 @@ def create_app(
 
     app = Starlette(
         routes=routes(),
-        middleware=[Middleware(Recorded, totals), Middleware(Guard, address, settings.origins), Middleware(Disconnects)],
+        middleware=[Middleware(Recorded, totals, spans), Middleware(Guard, address, settings.origins), Middleware(Disconnects)],
         exception_handlers={OllamapyError: failed, HTTPException: _refused, Exception: _broken},
         lifespan=lifespan,
     )

@@ -21,6 +21,7 @@ from ollamapy.api.address import Address
 from ollamapy.errors import OllamapyError
 from ollamapy.server.record import Record, Totals, current, enter
 from ollamapy.server.stream import WARNING_HEADER, error_response
+from ollamapy.server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ def _host_of(header: str) -> str:
 class Recorded:
     """Gives every request an id of ours, which its answer carries, and keeps its record. The outermost of all."""
 
-    def __init__(self, app: ASGIApp, totals: Totals) -> None:
-        self.app, self._totals = app, totals
+    def __init__(self, app: ASGIApp, totals: Totals, tracing: Tracing | None = None) -> None:
+        self.app, self._totals, self._tracing = app, totals, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -136,6 +137,8 @@ class Recorded:
             raise
         finally:
             record.close()
+            if self._tracing is not None:
+                self._tracing.finished(record, Headers(scope=scope).get("traceparent", ""))
 
 
 class Guard:

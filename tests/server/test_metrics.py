@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import time
@@ -141,3 +143,20 @@ def test_tokens_that_come_together() -> None:
     assert figures.generation_tokens == 5 and figures.cache_hits == 2 and figures.finished["repeat"] == 1
     assert figures.inter_token.counts[FAST.index(0.01)] == 4 and figures.inter_token.sum == pytest.approx(0.04)
     assert figures.time_to_first_token.sum == pytest.approx(0.005)
+
+
+def test_the_dashboard_asks_for_what_there_is(scraped: Scraped) -> None:
+    """Every metric and label in bench/grafana.json is in a scrape after one request."""
+    ask(scraped, 2)
+    there: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(scraped.get().text):
+        for sample in family.samples:
+            there.setdefault(sample.name, set()).update(sample.labels)
+    board = json.loads((ROOT / "bench" / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(expressions) > 20
+    for expression in expressions:
+        names = re.findall(r"\b(?:vllm:|ollamapy_|process_)\w+", expression)
+        assert names and set(names) <= set(there), expression
+        asked = {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")}
+        assert asked <= set.union(*(there[name] for name in names)), expression
