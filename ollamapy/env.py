@@ -57,6 +57,12 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def _speculation(text: str) -> str:
+    if text not in ("auto", "ngram", "draft", "off"):
+        raise ValueError("must be auto, ngram, draft or off")
+    return text
+
+
 def _variable(name: str, parse: Callable[[str], Any], default: Any, help: str) -> Any:
     return field(default=default, metadata={"name": name, "parse": parse, "help": help})
 
@@ -83,6 +89,9 @@ class Settings:
     nohistory: bool = _variable("OLLAMA_NOHISTORY", _boolean, False, "Keep no history of prompts")
     debug: str = _variable("OLLAMA_DEBUG", str, "", "1: debug log, 2: trace")
     editor: str = _variable("OLLAMA_EDITOR", str, "", "Editor for long prompts (Ctrl+G)")
+    speculation: str = _variable(
+        "OLLAMAPY_SPECULATION", _speculation, "auto", "Guesses of tokens ahead: auto, ngram, draft or off (default auto)"
+    )
     device: str = _variable("OLLAMAPY_DEVICE", str, "", "Force a device: cpu, cuda, cuda:1 (default: the best there is)")
     cuda_visible_devices: str | None = _variable("CUDA_VISIBLE_DEVICES", str, None, "GPUs to use, by number or UUID (-1: none)")
     kernels: str = _variable("OLLAMAPY_KERNELS", str, "", "Force a kernel family: reference, csrc or triton")

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
 from ollamapy.errors import OptionError
 
-Kind = Literal["int", "float", "bool", "strings"]
+Kind = Literal["int", "float", "bool", "strings", "speculation"]
+Speculation = Literal["auto", "ngram", "draft", "off"]
 
 MIN_NUM_CTX = 4
 _INT32, _INT64 = 1 << 31, 1 << 63
 _FLOAT32_MAX = 3.4028234663852886e38
 _TYPE_NAMES = {"int": "integer", "float": "float32", "bool": "boolean", "strings": "array"}
+_SPECULATIONS: tuple[Speculation, ...] = get_args(Speculation)
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TRUE, _FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")
@@ -44,7 +46,8 @@ OPTIONS: dict[str, Option] = {
     "main_gpu": Option("int", None, "Use only this GPU"),
     "use_mmap": Option("bool", None, "Map the model file into memory"),
     "num_thread": Option("int", 0, "CPU threads; 0: one per physical core"),
-    "draft_num_predict": Option("int", 4, "Tokens a draft model predicts ahead; 0: off"),
+    "speculation": Option("speculation", "auto", "Where guesses of tokens ahead come from: auto, ngram, draft or off"),
+    "draft_num_predict": Option("int", -1, "Most tokens guessed ahead; 0: off, -1: as many as pay"),
     "num_keep": Option("int", 4, "Prompt tokens kept when the context is shifted; -1: all"),
     "seed": Option("int", -1, "Random number seed; -1: a new one each time"),
     "num_predict": Option("int", -1, "Most tokens to generate; -1: until a stop"),
@@ -70,7 +73,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     main_gpu: int | None = None
     use_mmap: bool | None = None
     num_thread: int = 0
-    draft_num_predict: int = 4
+    speculation: Speculation = "auto"
+    draft_num_predict: int = -1
     num_keep: int = 4
     seed: int = -1
     num_predict: int = -1
@@ -125,6 +129,10 @@ def coerce(name: str, value: object) -> Any:
         if all(isinstance(item, str) for item in value):
             return tuple(value)
         raise OptionError(f'option "{name}" must be of an array of strings')
+    if kind == "speculation":
+        if value in _SPECULATIONS:
+            return value
+        raise OptionError(f'option "{name}" must be one of {", ".join(_SPECULATIONS)}')
     raise OptionError(f'option "{name}" must be of type {_TYPE_NAMES[kind]}')
 
 
@@ -147,6 +155,8 @@ def parse_text(name: str, values: Sequence[str]) -> Any:
         if not _FLOAT.fullmatch(text) or abs(float(text)) > _FLOAT32_MAX:
             raise OptionError(f"invalid float value [{shown}]")
         return float(text)
+    if option.kind == "speculation":
+        return coerce(name, text)
     if text not in _TRUE + _FALSE:
         raise OptionError(f"invalid bool value [{shown}]")
     return text in _TRUE

@@ -158,8 +158,9 @@ class DebugInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One line of an answer. The counts and durations stand in the last, which has `done`.
 
-    Ours besides Ollama's: `truncated` says that the prompt was cut to fit the context, `prompt_tokens_total` how many
-    tokens it had before; `error` is the whole content of a last line that reports a failure.
+    Ours besides Ollama's: `draft_count` tokens were guessed ahead, of which `draft_accepted_count` came true; `truncated`
+    says that the prompt was cut to fit the context, `prompt_tokens_total` how many tokens it had before; `error` is the
+    whole content of a last line that reports a failure.
     """
 
     model: str
@@ -173,6 +174,8 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt_eval_duration: int = 0
     eval_count: int = 0
     eval_duration: int = 0
+    draft_count: int = 0
+    draft_accepted_count: int = 0
     truncated: bool = False
     prompt_tokens_total: int = 0
     debug_info: DebugInfo | None = msgspec.field(name="_debug_info", default=None)

@@ -104,6 +104,9 @@ def timings(reply: Reply) -> str:
         if duration:
             rows.append((f"{name} duration:", go_duration(duration)))
             rows.append((f"{name} rate:", f"{count / duration * 1e9:.2f} tokens/s"))
+    if reply.draft_count:
+        share = 100 * reply.draft_accepted_count / reply.draft_count
+        rows.append(("draft accepted:", f"{reply.draft_accepted_count} of {reply.draft_count} token(s), {share:.0f}%"))
     return "".join(f"{name:<21} {value}\n" for name, value in rows)
 
 

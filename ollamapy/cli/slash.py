@@ -257,5 +257,5 @@ def _is_file(word: str) -> bool:
 def _option_help() -> list[str]:
     from ollamapy.api.options import OPTIONS
 
-    kinds = {"strings": "string ..."}
+    kinds = {"strings": "string ...", "speculation": "string"}
     return [f"  {name} <{kinds.get(o.kind, o.kind)}>".ljust(32) + o.help for name, o in OPTIONS.items()]

@@ -82,6 +82,14 @@ class BlockManager:
             seq.block_table.append(block)
         return True
 
+    def trim(self, seq: Sequence, num_tokens: int) -> None:
+        """Takes back the blocks beyond the first `num_tokens` tokens of `seq`, which were for guesses that proved wrong."""
+        while len(seq.block_table) > self.blocks_for(num_tokens):
+            block = seq.block_table.pop()
+            assert self._references[block] == 1 and self._hash_of[block] is None
+            self._references[block] = 0
+            self._free.append(block)
+
     def register(self, seq: Sequence) -> None:
         """Offers the blocks that computed tokens have filled since the last call to the prefix cache."""
         full = seq.num_computed // self.block_size

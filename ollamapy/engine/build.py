@@ -29,7 +29,10 @@ def build_batch(step: Schedule, block_size: int, device: torch.device) -> Batch:
     seq_lens[:] = context_lens
     row = 0
     for index, (seq, start, end) in enumerate(zip(sequences, computed, context_lens, strict=True)):
-        token_ids[row : row + end - start] = seq.token_ids[start:end]
+        own = seq.token_ids[start:end]
+        token_ids[row : row + len(own)] = own
+        if len(own) < end - start:
+            token_ids[row + len(own) : row + end - start] = seq.draft[: end - start - len(own)]
         table[index, : len(seq.block_table)] = seq.block_table
         row += end - start
     if total == count:
@@ -61,8 +64,8 @@ def wanted_rows(step: Schedule) -> list[int]:
     start = 0
     for seq, length in zip(step.sequences, step.num_tokens, strict=True):
         if seq.pooling is None or seq.pooling == "last":
-            if seq.num_computed + length == len(seq.token_ids):
-                rows.append(start + length - 1)
+            count = num_wanted(seq, length)
+            rows.extend(range(start + length - count, start + length))
         elif seq.pooling == "mean":
             rows.extend(range(start, start + length))
         elif seq.num_computed == 0:
@@ -72,9 +75,9 @@ def wanted_rows(step: Schedule) -> list[int]:
 
 
 def num_wanted(seq: Sequence, length: int) -> int:
-    """How many rows of `wanted_rows` belong to a sequence that computes `length` tokens."""
+    """How many rows of `wanted_rows` belong to a sequence that computes `length` tokens: its last one and its draft's."""
     if seq.pooling == "mean":
         return length
     if seq.pooling == "cls":
         return int(seq.num_computed == 0)
-    return int(seq.num_computed + length == len(seq.token_ids))
+    return max(seq.num_computed + length - len(seq.token_ids) + 1, 0)

@@ -26,6 +26,8 @@ from ollamapy.engine.runner import Model, ModelRunner
 from ollamapy.engine.sampler import Sampler
 from ollamapy.engine.scheduler import Schedule, Scheduler, finish
 from ollamapy.engine.sequence import Pooling, Result, Sequence
+from ollamapy.engine.speculation import Speculation, agreed
+from ollamapy.engine.speculation_draft import DraftModel
 from ollamapy.errors import ContextOverflow, EngineError
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
 
 class Engine:
     """Runs one model by one plan. `kernels` (op -> implementation) and `load_ns` are passed on in `info`; `read_vocabulary`
-    is called, in a thread, when the first grammar comes."""
+    is called, in a thread, when the first grammar comes. `draft_model` has the same vocabulary and guesses ahead."""
 
     def __init__(
         self,
@@ -46,12 +48,15 @@ class Engine:
         kernels: dict[str, str] | None = None,
         load_ns: int = 0,
         read_vocabulary: Callable[[], Vocabulary] | None = None,
+        draft_model: Model | None = None,
     ) -> None:
         self.model, self.plan = model, plan
         self._kernels, self._load_ns = kernels or {}, load_ns
         self.runner = ModelRunner(model, plan)
         self.scheduler = Scheduler(plan, whole_prompts=not model.config.causal)
         self.sampler = Sampler()
+        self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
+        self.speculation = Speculation(plan, self.draft_model)
         self.grammars = Grammars(read_vocabulary)
         self._compiling: dict[int, tuple[Sequence, Future[Grammar]]] = {}  # by request id: not yet the scheduler's
         self._pending: list[Output | Embedding] = []  # ends of requests that no step has told yet
@@ -90,9 +95,12 @@ class Engine:
         if self._compiling:
             self._add_compiled()
         told, self._pending = self._pending, []
+        self.speculation.propose(self.scheduler.running)
         schedule = self.scheduler.schedule()
         if len(schedule):
+            start = time.perf_counter()
             results = self._execute(schedule)
+            self.speculation.observe(schedule, time.perf_counter() - start)
             told += self.scheduler.commit(schedule, results)
             self._num_steps += 1
             self._check_when_idle()
@@ -116,20 +124,25 @@ class Engine:
             prefix_query_tokens=scheduler.prefix_query_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_steps=self._num_steps,
+            num_drafts=scheduler.num_drafts,
+            num_draft_tokens=scheduler.num_drafted,
+            num_accepted_tokens=scheduler.num_accepted,
             integrity=self._integrity,
         )
 
     def info(self) -> EngineInfo:
         plan, on_gpu = self.plan, self.runner.device.type != "cpu"
+        runners = [self.runner, *([self.draft_model.runner] if self.draft_model is not None else [])]
+        weight_bytes, kv_bytes = sum(r.model.weight_bytes for r in runners), sum(r.kv_bytes for r in runners)
         return EngineInfo(
             architecture=self.model.config.architecture,
             device=plan.device,
             context_length=plan.context_length,
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,
-            weight_bytes=self.model.weight_bytes,
-            kv_bytes=self.runner.kv_bytes,
-            vram_bytes=self.model.weight_bytes + self.runner.kv_bytes if on_gpu else 0,
+            weight_bytes=weight_bytes,
+            kv_bytes=kv_bytes,
+            vram_bytes=weight_bytes + kv_bytes if on_gpu else 0,
             embedding_length=self.model.config.embedding_length,
             kernels=self._kernels,
             load_ns=self._load_ns,
@@ -138,7 +151,7 @@ class Engine:
     def check_integrity(self) -> str:
         """ "ok", or what is wrong with the books of blocks and sequences. Runs by itself when no request is left."""
         self._last_check = time.monotonic()
-        self._integrity = "; ".join(self.scheduler.check()) or "ok"
+        self._integrity = "; ".join([*self.scheduler.check(), *self.speculation.check()]) or "ok"
         if self._integrity != "ok":
             log.error("integrity: %s", self._integrity)
         return self._integrity
@@ -187,7 +200,7 @@ class Engine:
 
     # --- execution --------------------------------------------------------------------------------------------
 
-    def _execute(self, schedule: Schedule) -> list[Result | None]:
+    def _execute(self, schedule: Schedule) -> list[list[Result]]:
         """Runs a step. When it fails, its sequences are run one by one, once, so that only those at fault end."""
         try:
             return self._run(schedule)
@@ -196,14 +209,15 @@ class Engine:
         except Exception as error:
             log.exception("step of %d sequences failed", len(schedule))
             if len(schedule) == 1:
-                return [Result(error=_text(error))]
+                return [[Result(error=_text(error))]]
         return [self._execute(part)[0] for part in schedule.parts()]
 
-    def _run(self, schedule: Schedule) -> list[Result | None]:
+    def _run(self, schedule: Schedule) -> list[list[Result]]:
         hidden = self.runner.forward(build_batch(schedule, self.plan.block_size, self.runner.device))
-        results: list[Result | None] = [None] * len(schedule)
-        sampled: list[int] = []  # indices of sequences that get a token
-        rows: list[int] = []  # of `hidden`, one for each of them
+        results: list[list[Result]] = [[] for _ in schedule.sequences]
+        sampled: list[int] = []  # indices of sequences that get a token, one for each row
+        sequences: list[Sequence] = []  # as they are at that row
+        rows: list[int] = []  # of `hidden`
         row = 0
         pooled: list[tuple[int, int, Tensor]] = []  # index, length and hidden states of sequences to embed
         for index, (seq, length) in enumerate(zip(schedule.sequences, schedule.num_tokens, strict=True)):
@@ -211,17 +225,21 @@ class Engine:
             if seq.pooling is not None:
                 pooled.append((index, length, hidden[row : row + count]))
             elif count:
-                sampled.append(index)
-                rows.append(row)
+                sampled += [index] * count
+                sequences += seq.rows(count - 1)
+                rows += range(row, row + count)
             row += count
         if sampled:
             wanted = hidden if len(rows) == hidden.shape[0] else hidden[rows]
-            sequences = [schedule.sequences[index] for index in sampled]
             for index, result in zip(sampled, self._sample(wanted, sequences), strict=True):
-                results[index] = result
+                results[index].append(result)
         for index, length, states in pooled:  # last: a step that is run again must not have pooled anything yet
-            results[index] = _pool(schedule.sequences[index], length, states)
-        return results
+            found = _pool(schedule.sequences[index], length, states)
+            results[index] = [] if found is None else [found]
+        return [
+            agreed(seq.draft, found) if len(found) > 1 else found
+            for seq, found in zip(schedule.sequences, results, strict=True)
+        ]
 
     def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> list[Result]:
         """Tokens after the hidden states (n, E). When that fails, row by row, so that only rows at fault do."""

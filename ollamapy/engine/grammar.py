@@ -54,6 +54,15 @@ class Grammar:
         self._matcher.consume_token(token_id)
         return not self._failed() and self._matcher.is_stopped()
 
+    def num_valid(self, token_ids: list[int]) -> int:
+        """How many of the tokens, from the first, may come next one after the other."""
+        return self._matcher.validate_tokens(token_ids)
+
+    def copy(self) -> Grammar:
+        other = object.__new__(Grammar)
+        other._matcher, other.num_words, other.error = self._matcher.deep_copy(), self.num_words, self.error
+        return other
+
     def _failed(self) -> bool:
         """llguidance calls a matcher that failed stopped, and allows it the end: that would pass as an answer."""
         if self._matcher.is_error():

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+SpeculationMode = Literal["off", "ngram", "draft", "auto"]
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 
 
@@ -39,6 +40,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     shift: bool = True  # False: finish with "length" when the context is full
     logprobs: int = -1  # -1: none; n >= 0: of the token chosen and of the n likeliest
     grammar: str = ""  # what may be generated, in llguidance's JSON form; "": anything
+    speculation: SpeculationMode = "off"  # where guesses of tokens ahead come from; "auto": whatever pays
+    num_draft: int = 0  # most tokens guessed ahead; 0: as many as pay
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -134,6 +137,8 @@ class Finish(msgspec.Struct, frozen=True):
     decode_ns: int = 0  # from its first token to its last
     queue_ns: int = 0  # from arrival to its first scheduled step
     num_shifts: int = 0  # context shifts
+    drafted_tokens: int = 0  # guessed ahead and verified, and how many of them came true
+    accepted_tokens: int = 0
     error: str = ""
     bad_request: bool = False  # the error is the request's own: a grammar that grows too large
 
@@ -171,6 +176,9 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     prefix_query_tokens: int
     num_preemptions: int
     num_steps: int
+    num_drafts: int = 0  # guesses of speculation, their tokens, and those that came true
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     integrity: str = "ok"  # or what check_integrity() found
 
 

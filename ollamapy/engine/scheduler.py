@@ -22,7 +22,7 @@ from ollamapy.engine.sequence import Result, Sequence
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: `num_tokens[i]` tokens of `sequences[i]` after those it has computed."""
+    """One step: `num_tokens[i]` tokens of `sequences[i]` after those it has computed, the tokens of its draft at the end."""
 
     sequences: list[Sequence] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
@@ -47,6 +47,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.sequences: dict[int, Sequence] = {}  # by request id
         self.num_preemptions = 0
+        self.num_drafts = self.num_drafted = self.num_accepted = 0  # guesses, their tokens, and those that came true
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
@@ -68,7 +69,7 @@ class Scheduler:
         step = Schedule()
         preemptions = self.num_preemptions
         self._schedule_decodes(step)
-        budget = self.max_batch_tokens - len(step)
+        budget = self.max_batch_tokens - sum(step.num_tokens)
         if len(step) < len(self.running):
             budget = self._schedule_prefills(step, budget)
         if self.waiting and preemptions == self.num_preemptions:
@@ -82,11 +83,14 @@ class Scheduler:
             index += 1
             if len(seq.token_ids) - seq.num_computed != 1 or not seq.block_table:
                 continue
+            drafted = len(seq.draft)
+            if not drafted or not self.blocks.grow(seq, len(seq.token_ids) + drafted):
+                drafted = 0  # nobody is put back for a guess
             while not self.blocks.grow(seq, len(seq.token_ids)):
                 if self._preempt_youngest() is seq:
                     return
             step.sequences.append(seq)
-            step.num_tokens.append(1)
+            step.num_tokens.append(1 + drafted)
 
     def _schedule_prefills(self, step: Schedule, budget: int) -> int:
         """Next chunks of running sequences. None that decode in this step lose their blocks to it. Returns the budget left."""
@@ -176,24 +180,48 @@ class Scheduler:
 
     # --- commit -----------------------------------------------------------------------------------------------
 
-    def commit(self, step: Schedule, results: list[Result | None]) -> list[Output | Embedding]:
-        """Moves the sequences of a step on by its results; None: nothing yet, its prompt is not complete."""
+    def commit(self, step: Schedule, results: list[list[Result]]) -> list[Output | Embedding]:
+        """Moves the sequences of a step on by its results: none where the prompt is not complete, several where a draft
+        came true."""
         now = time.monotonic_ns()
         told: list[Output | Embedding] = []
-        for seq, count, result in zip(step.sequences, step.num_tokens, results, strict=True):
-            if result is not None and result.error:
-                told.append(self._fail(seq, result.error, now))
+        for seq, count, found in zip(step.sequences, step.num_tokens, results, strict=True):
+            if found and found[0].error:
+                told.append(self._fail(seq, found[0].error, now))
                 continue
-            seq.num_computed += count
+            drafted = max(seq.num_computed + count - len(seq.token_ids), 0)
+            seq.num_computed += count - drafted
             self.blocks.register(seq)
-            if result is None:
+            if not found:
                 continue
             if seq.pooling is not None:
                 self._remove(seq)
-                told.append(Embedding(seq.request_id, result.vector, seq.num_prompt_tokens))
+                told.append(Embedding(seq.request_id, found[0].vector, seq.num_prompt_tokens))
+            elif drafted:
+                told.append(self._accept_drafted(seq, found, drafted, now))
             else:
-                told.append(self._accept(seq, result, now))
+                told.append(self._accept(seq, found[0], now))
         return told
+
+    def _accept_drafted(self, seq: Sequence, found: list[Result], drafted: int, now: int) -> Output:
+        """Several tokens of one step, as if each had come by a step of its own; the blocks of wrong guesses come back."""
+        told: list[Output] = []
+        seq.num_drafted += drafted
+        self.num_drafts += 1
+        self.num_drafted += drafted
+        for place, result in enumerate(found):
+            if place:
+                seq.num_computed += 1
+                seq.num_accepted += 1
+                self.num_accepted += 1
+                self.blocks.register(seq)
+            told.append(self._fail_generation(seq, result.error, now) if result.error else self._accept(seq, result, now))
+            if told[-1].finish is not None:
+                break
+        else:
+            self.blocks.trim(seq, len(seq.token_ids))
+        tokens = [token for output in told for token in output.token_ids]
+        return Output(seq.request_id, tokens, [entry for output in told for entry in output.logprobs], told[-1].finish)
 
     def _accept(self, seq: Sequence, result: Result, now: int) -> Output:
         if not seq.first_token_ns:
@@ -216,9 +244,13 @@ class Scheduler:
         return Output(seq.request_id, [result.token_id], logprobs, ended)
 
     def _fail(self, seq: Sequence, error: str, now: int) -> Output | Embedding:
+        if seq.pooling is None:
+            return self._fail_generation(seq, error, now)
         self._remove(seq, forget=True)
-        if seq.pooling is not None:
-            return Embedding(seq.request_id, b"", seq.num_prompt_tokens, error)
+        return Embedding(seq.request_id, b"", seq.num_prompt_tokens, error)
+
+    def _fail_generation(self, seq: Sequence, error: str, now: int) -> Output:
+        self._remove(seq, forget=True)
         ended = finish(seq, "error", now, error)
         ended = msgspec.structs.replace(ended, bad_request=seq.grammar is not None and error == seq.grammar.error)
         return Output(seq.request_id, [], finish=ended)
@@ -250,5 +282,7 @@ def finish(seq: Sequence, reason: FinishReason, now: int, error: str = "") -> Fi
         decode_ns=max(seq.last_token_ns - first, 0),
         queue_ns=scheduled - seq.arrival_ns,
         num_shifts=seq.num_shifts,
+        drafted_tokens=seq.num_drafted,
+        accepted_tokens=seq.num_accepted,
         error=error,
     )

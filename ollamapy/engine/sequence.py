@@ -5,6 +5,7 @@ Token ids are kept in typed arrays, so that a slice of them is copied into a bat
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ollamapy.engine.grammar import Grammar
 from ollamapy.engine.protocol import FinishReason, SamplingParams, TokenLogprob
+from ollamapy.engine.speculation_cost import Track
 
 Pooling = Literal["mean", "cls", "last"]
 MAX_CONTEXTS = 10  # generated tokens, in context lengths, of a request that sets no limit
@@ -50,6 +52,11 @@ class PenaltyWindow:
                 del counts[oldest]
         recent.append(token_id)
         counts[token_id] = counts.get(token_id, 0) + 1
+
+    def copy(self) -> PenaltyWindow:
+        other = object.__new__(PenaltyWindow)
+        other.recent, other.counts = self.recent.copy(), self.counts.copy()
+        return other
 
 
 def penalty_window(params: SamplingParams, context_length: int, token_ids: array[int]) -> PenaltyWindow | None:
@@ -91,6 +98,12 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids, as far as needed yet
     num_registered: int = 0  # leading blocks of the table that were offered to the prefix cache
 
+    # moved by Speculation
+    draft: list[int] = field(default_factory=list)  # tokens guessed to follow token_ids, for the next step to verify
+    track: Track = field(default_factory=Track)
+    num_drafted: int = 0  # moved by Scheduler: guesses that were verified, and that came true
+    num_accepted: int = 0
+
     # moved by the pooling of embeddings
     pooled: Tensor | None = None  # (E,) float64 sum, or the one row wanted
 
@@ -129,6 +142,22 @@ class Sequence:
     def is_full(self) -> bool:
         """One place of the context stays free, as in llama.cpp: the newest token is shifted before it is computed."""
         return len(self.token_ids) >= self.context_length
+
+    @property
+    def num_free_places(self) -> int:
+        return self.context_length - len(self.token_ids)
+
+    def rows(self, num_draft: int) -> list[Sequence]:
+        """Itself, and itself with 1, 2 ... tokens of its draft accepted, for sampling: the copies own nothing."""
+        found = [self]
+        for token_id in self.draft[:num_draft]:
+            ahead = copy.copy(found[-1])
+            ahead.token_ids = ahead.token_ids[:]
+            ahead.penalties = ahead.penalties.copy() if ahead.penalties is not None else None
+            ahead.grammar = ahead.grammar.copy() if ahead.grammar is not None else None
+            ahead.accept(token_id)
+            found.append(ahead)
+        return found
 
     def shift(self) -> None:
         """Drops the older half of what follows the kept head; everything is to be computed again.

@@ -35,6 +35,8 @@ class End(NamedTuple):
     eval_count: int
     prompt_ns: int
     decode_ns: int
+    drafted_tokens: int = 0  # guessed ahead, and those of them that came true
+    accepted_tokens: int = 0
 
 
 class Piece(NamedTuple):
@@ -76,6 +78,8 @@ def sampling(options: Options, tokenizer: Tokenizer, stops: Iterable[str], num_c
         suppress_ids=tokenizer.suppress_ids,
         context_length=num_ctx,
         num_keep=options.num_keep,
+        speculation=options.speculation if options.draft_num_predict else "off",
+        num_draft=max(options.draft_num_predict, 0),
     )
 
 
@@ -125,7 +129,8 @@ def _end(text: _Text, finish: Finish | None, prompt_ns: int, decode_ns: int) -> 
     """By the engine's own account, or by ours when a stop string or the repeat guard ended the answer before it did."""
     if text.ended or finish is None:
         return End(text.ended or "stop", text.token_ids, text.count, prompt_ns, decode_ns)
-    return End(finish.reason, text.token_ids, finish.completion_tokens, finish.prompt_ns, finish.decode_ns)
+    times = finish.prompt_ns, finish.decode_ns
+    return End(finish.reason, text.token_ids, finish.completion_tokens, *times, finish.drafted_tokens, finish.accepted_tokens)
 
 
 class _Text:

@@ -40,6 +40,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Figures], int]], ...] = (
     ("vllm:generation_tokens", "Tokens generated", lambda f: f.generation_tokens),
     ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache", lambda f: f.cache_queries),
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda f: f.cache_hits),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead and verified", lambda f: f.draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that came true", lambda f: f.accepted_tokens),
 )
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[Figures], Histogram]], ...] = (
     (

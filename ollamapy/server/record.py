@@ -47,6 +47,7 @@ class Figures:
 
     def __init__(self) -> None:
         self.prompt_tokens = self.generation_tokens = self.cache_queries = self.cache_hits = 0
+        self.draft_tokens = self.accepted_tokens = 0
         self.finished: Counter[str] = Counter()
         self.time_to_first_token, self.inter_token = Histogram(FAST), Histogram(FAST)
         self.end_to_end, self.queue = Histogram(SLOW), Histogram(SLOW)
@@ -81,6 +82,8 @@ class Record:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    draft_tokens: int = 0  # guessed ahead, and those of them that came true
+    accepted_tokens: int = 0
     queue_ns: int = 0
     prompt_ns: int = 0
     decode_ns: int = 0
@@ -115,6 +118,7 @@ class Record:
         if finish is not None:
             self.cached_tokens, self.queue_ns = finish.cached_tokens, finish.queue_ns
             self.prompt_ns, self.decode_ns = finish.prompt_ns, finish.decode_ns
+            self.draft_tokens, self.accepted_tokens = finish.drafted_tokens, finish.accepted_tokens
 
     @asynccontextmanager
     async def failing(self) -> AsyncIterator[None]:
@@ -142,6 +146,8 @@ class Record:
         figures.prompt_tokens += self.prompt_tokens
         figures.cache_queries += self.prompt_tokens
         figures.cache_hits += self.cached_tokens
+        figures.draft_tokens += self.draft_tokens
+        figures.accepted_tokens += self.accepted_tokens
         figures.end_to_end.observe(total / 1e9)
         figures.queue.observe(self.queue_ns / 1e9)
         figures.prefill.observe(self.prompt_ns / 1e9)

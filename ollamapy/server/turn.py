@@ -81,7 +81,8 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         return
     think = await _check(services, model, request, turn)
     held_to = await services.formats.check(request.format)
-    options, notes = option_table.merge(model.params, request.options)
+    default = {"speculation": services.settings.speculation}
+    options, notes = option_table.merge(default, model.params, request.options)
     warnings += notes
     async with services.residents.use(model, options, keep_alive) as loaded:
         load_ns = time.monotonic_ns() - arrival
@@ -170,6 +171,8 @@ def _last(piece: Piece, prompt: Prompt, arrival: int, load_ns: int) -> Said:
         "prompt_eval_duration": end.prompt_ns,
         "eval_count": end.eval_count,
         "eval_duration": end.decode_ns,
+        "draft_count": end.drafted_tokens,
+        "draft_accepted_count": end.accepted_tokens,
         **cut,
     }
     return Said(piece, fields, [*prompt.ids, *end.token_ids])

@@ -39,6 +39,7 @@ class FakeModel:
     num_forwards: int = 0
     fail_forwards: int = 0  # so many of the next passes over more than one sequence fail
     broken: bool = False  # every pass fails
+    memory: int = 0  # the next token depends on so many last ones alone, so that answers repeat themselves; 0: on all
     batch_sizes: list[tuple[int, int]] = field(default_factory=list)  # sequences, tokens
 
     def __post_init__(self) -> None:
@@ -71,7 +72,8 @@ class FakeModel:
                 seen[s] = self._read(batch, caches, s)
             position = batch.context_lens[s] - batch.query_lens[s] + row - starts[s]
             visible = seen[s][: position + 1] if self.config.causal else seen[s]
-            digest = hashlib.blake2b(bytes([position % 256, *visible]), digest_size=8).digest()
+            known = visible[-self.memory :] if self.memory else [position % 256, *visible]
+            digest = hashlib.blake2b(bytes(known), digest_size=8).digest()
             hidden[out] = torch.from_numpy(np.frombuffer(digest, np.uint16).astype(np.float32))
             if NOT_A_NUMBER in visible:
                 hidden[out] = torch.nan
