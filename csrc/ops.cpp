@@ -14,6 +14,8 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("block_layout(int type) -> (int, int)");
   // data (V, row bytes) uint8 of GGUF type `type`; ids (n,) int32 or int64 -> rows ids of it as float32 (n, E).
   m.def("embedding_rows(Tensor data, int type, Tensor ids) -> Tensor");
+  // The same out of tiles of `pack_weight`, of an (n, k) weight.
+  m.def("embedding_tiles(Tensor tiles, int type, int n, int k, Tensor ids) -> Tensor");
   // Threads of the kernels below, the calling one included. At the start: the physical cores.
   m.def("set_threads(int count) -> ()");
   // rows (n, row bytes) uint8 of GGUF type `type`, k weights each -> tiles (ceil(n / 16), 16 * row bytes): the same bits, permuted.

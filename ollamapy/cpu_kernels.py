@@ -68,6 +68,12 @@ def prepare_linear(weight: QuantTensor, device: torch.device) -> Packed:
     return Packed(tiles[0] if len(weight.shape) == 2 else torch.stack(tiles), weight.type, rows, columns)
 
 
+def embedding(token_ids: Tensor, weight: Packed) -> Tensor:
+    """(n,) int64 -> (n, K): rows of a weight that `linear` holds."""
+    out: Tensor = kernels().embedding_tiles(weight.data, int(weight.type), weight.rows, weight.columns, token_ids)
+    return out
+
+
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """(n, K) x (N, K) + (N) -> (n, N)."""
     out: Tensor = kernels().linear(x.contiguous(), weight.data, int(weight.type), weight.rows, bias)

@@ -45,7 +45,8 @@ class Place:
 class Kernel:
     """One implementation of one op. `needs` returns why it cannot serve a place, "" when it can.
 
-    `prepare` brings a weight into the form that `fn` takes; only ops on weights have one.
+    `prepare` brings a weight into the form that `fn` takes; only ops on weights have one. `rows` of a linear kernel is an
+    embedding kernel that reads what it prepared.
     """
 
     op: str
@@ -53,6 +54,7 @@ class Kernel:
     fn: Callable[..., Any]
     needs: Callable[[Place], str]
     prepare: Callable[[QuantTensor, torch.device], Any] | None = None
+    rows: Kernel | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,10 +95,16 @@ def _extension_decodes(place: Place) -> str:
     return _on_cpu(place) or ("" if known else "no decoder for this tensor type")
 
 
+def _extension_multiplies(place: Place) -> str:
+    return _on_cpu(place) or _decodable(place)
+
+
+_TILE_ROWS = Kernel("embedding", "csrc", cpu_kernels.embedding, _extension_decodes)
+
 TABLE: tuple[Kernel, ...] = (
     Kernel("embedding", "csrc", _extension_rows, _extension_decodes, reference.prepare_embedding),
     Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
-    Kernel("linear", "csrc", cpu_kernels.linear, lambda place: _on_cpu(place) or _decodable(place), cpu_kernels.prepare_linear),
+    Kernel("linear", "csrc", cpu_kernels.linear, _extension_multiplies, cpu_kernels.prepare_linear, _TILE_ROWS),
     Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),
     Kernel("moe", "csrc", cpu_kernels.moe, _on_cpu),
     Kernel("moe", "reference", reference.moe, _anywhere),
@@ -208,6 +216,12 @@ def prepare(weight: QuantTensor, device: torch.device, use: Use) -> Weight | Ten
     names = _choice.chosen.get(use, "").split(", ") if use in _choice.chosen else []
     _choice.chosen[use] = ", ".join(dict.fromkeys([*names, kernel.family]))
     return Weight(kernel.prepare(weight, device), kernel, weight.shape)
+
+
+def embedding_of(head: Weight, type: GGMLType) -> Weight | None:
+    """A matrix of `type` that `linear` has prepared, for `embedding`: one copy for both. None where the kernel cannot."""
+    rows = head.kernel.rows
+    return None if rows is None or rows.needs(Place(_choice.device, type)) else Weight(head.data, rows, head.shape)
 
 
 def embedding(token_ids: Tensor, weight: Weight) -> Tensor:

@@ -56,7 +56,9 @@ Tensor unpack_weight(Tensor tiles, int64_t type, int64_t n, int64_t k) {
   Tensor out = torch::stable::empty({n, bytes}, ScalarType::Byte);
   const uint8_t* from = static_cast<const uint8_t*>(tiles.data_ptr());
   uint8_t* to = static_cast<uint8_t*>(out.data_ptr());
-  team::share(count, 4, [&](int64_t begin, int64_t end) { m.unpack(from, n, k, to, begin, end); });
+  team::share(n, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) m.unpack_row(from, k, i, to + i * bytes);
+  });
   return out;
 }
 

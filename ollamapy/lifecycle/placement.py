@@ -168,17 +168,19 @@ def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], se
     """Device kind -> bytes that the weights take there once loaded.
 
     Kernels named in `packed_on` keep matrices as the file has them; the reference makes them float32. The embedding stays
-    as it is, and is a matrix too where there is no `output.weight`.
+    as it is, and is a matrix too where there is no `output.weight`: the CPU's kernels then hold it once.
     """
     embedding = tensors.get("token_embd.weight")
     matrices = [tensor for name, tensor in tensors.items() if name != "token_embd.weight"]
     if embedding is not None and "output.weight" not in tensors:
         matrices.append(embedding)
     rows = embedding.nbytes if embedding is not None else 0
-    packed = rows + sum(tensor.nbytes for tensor in matrices)
+    tied = rows if "output.weight" not in tensors else 0
     dense = rows + sum(4 * math.prod(tensor.shape) for tensor in matrices)
     packs = () if settings.kernels == "reference" else packed_on
-    return {kind: packed if kind in packs else dense for kind in ("cpu", "cuda")}
+    packed = rows + sum(tensor.nbytes for tensor in matrices)
+    once = {"cpu": tied, "cuda": 0}
+    return {kind: packed - once[kind] if kind in packs else dense for kind in ("cpu", "cuda")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ def load_model(
     _check({sources: declared for *_, declared, sources in wanted}, shapes)
     jobs = [(layer, key, declared, [tensors[name] for name in sources]) for layer, key, declared, sources in wanted]
     _load(file, jobs, device, progress or (lambda status, completed, total: None))
+    _tie(jobs)
     model.prepare(device)
     model.weight_bytes = measure(model)
     return model
@@ -88,6 +89,15 @@ def _load(file: GGUFFile, jobs: list[Job], device: torch.device, progress: Progr
         layer.load(key, ops.prepare(_read(file, sources), device, declared.use))
         completed += sum(source.nbytes for source in sources)
         progress("loading", completed, total)
+
+
+def _tie(jobs: list[Job]) -> None:
+    """A matrix that is the embedding and the head is held once, where the head's kernel can give rows of what it holds."""
+    heads = {sources[0].name: layer for layer, _, declared, sources in jobs if declared.use == "linear"}
+    for layer, key, declared, (source, *_) in jobs:
+        if declared.use == "embedding" and source.name in heads:
+            rows = ops.embedding_of(getattr(heads[source.name], key), source.type)
+            layer.load(key, rows or getattr(layer, key))
 
 
 def _read(file: GGUFFile, sources: list[TensorInfo]) -> QuantTensor:

@@ -173,8 +173,10 @@ def test_weight_bytes() -> None:
     untied = {each.name: each for each in (embedding, output, linear)}
     tied = {each.name: each for each in (embedding, linear)}
     packed, dense = 3600 + 3600 + 2304, 3600 + 4 * 6400 + 4 * 4096
+    assert weight_bytes(tied, ("cpu", "cuda"), Settings()) == {"cpu": 3600 + 2304, "cuda": packed}  # the CPU holds it once
+    assert weight_bytes(untied, ("cpu", "cuda"), Settings()) == {"cpu": packed, "cuda": packed}
     for tensors in (untied, tied):  # a tied embedding is a matrix too
-        assert weight_bytes(tensors, ("cpu",), Settings()) == {"cpu": packed, "cuda": dense}
+        assert weight_bytes(tensors, ("cuda",), Settings()) == {"cpu": dense, "cuda": packed}
         assert weight_bytes(tensors, (), Settings()) == {"cpu": dense, "cuda": dense}
         assert weight_bytes(tensors, ("cpu", "cuda"), Settings(kernels="reference")) == {"cpu": dense, "cuda": dense}
 

@@ -103,6 +103,17 @@ def check_pack() -> None:
         assert weight.nbytes <= packed.data.numel() <= 1.03 * weight.nbytes
 
 
+def check_rows() -> None:
+    """Rows out of tiles have the bits of rows out of the file."""
+    for type in sorted(cpu_kernels.PACKED):
+        for rows, blocks in zip((37, 1, 100, 17), columns(type), strict=False):
+            weight = make_weight(type, rows, blocks)
+            packed = cpu_kernels.prepare_linear(weight, CPU)
+            for ids in (torch.arange(rows), torch.tensor([rows - 1, 0, rows // 2, 0]), torch.zeros(0, dtype=torch.int64)):
+                got = cpu_kernels.embedding(ids, packed)
+                assert torch.equal(got.view(torch.int32), weight.gather(ids).view(torch.int32)), (type.name, rows, blocks)
+
+
 def _cases(types: list[GGMLType]) -> Iterator[tuple[QuantTensor, cpu_kernels.Packed]]:
     for type in types:
         for blocks, rows in zip(columns(type), (37, 1, 100, 17), strict=False):
@@ -176,4 +187,4 @@ def check_bad_numbers() -> None:
 
 
 def checks() -> list[Any]:
-    return [check_pack, check_values, check_rows_are_alone, check_bad_numbers]
+    return [check_pack, check_rows, check_values, check_rows_are_alone, check_bad_numbers]

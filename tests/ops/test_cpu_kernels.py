@@ -46,6 +46,7 @@ def test_kernels(check: Callable[[], Any], isa: str) -> None:
 
 Q8 = int(GGMLType.Q8_0)
 X = torch.zeros(2, 64)
+IDS = torch.tensor([0])
 ROWS = make_weight(GGMLType.Q8_0, 20, 2).data
 
 
@@ -79,6 +80,15 @@ def _tiles(csrc: Any) -> Tensor:
         (lambda o, t: o.linear(X, t.char(), Q8, 20, None), "linear: tiles has the wrong dtype"),
         (lambda o, t: o.linear(X, t, Q8, 20, torch.zeros(19)), r"linear: bias is not a contiguous \(20\)"),
         (lambda o, t: o.linear(X, t, Q8, 20, torch.zeros(20).double()), "linear: bias has the wrong dtype"),
+        (lambda o, t: o.embedding_tiles(t, 99, 20, 64, IDS), "embedding_tiles: no kernel for tensor type 99"),
+        (lambda o, t: o.embedding_tiles(t, Q8, 20, 63, IDS), "embedding_tiles: rows of 63 weights are not whole blocks"),
+        (lambda o, t: o.embedding_tiles(t, Q8, 20, 0, IDS), "embedding_tiles: rows of 0 weights"),
+        (lambda o, t: o.embedding_tiles(t, Q8, 33, 64, IDS), "embedding_tiles: tiles have another shape"),
+        (lambda o, t: o.embedding_tiles(t, Q8, 20, 128, IDS), "embedding_tiles: tiles have another shape"),
+        (lambda o, t: o.embedding_tiles(t.float(), Q8, 20, 64, IDS), "embedding_tiles: tiles has the wrong dtype"),
+        (lambda o, t: o.embedding_tiles(t, Q8, 20, 64, IDS - 1), "embedding_tiles: id -1 is not a row of 20"),
+        (lambda o, t: o.embedding_tiles(t, Q8, 20, 64, IDS + 20), "embedding_tiles: id 20 is not a row of 20"),
+        (lambda o, t: o.embedding_tiles(t, Q8, 20, 64, IDS.float()), "embedding_tiles: ids must be int32 or int64"),
         (lambda o, t: o.set_threads(0), "set_threads: 0 is not between 1 and 256"),
         (lambda o, t: o.set_threads(1000), "set_threads: 1000 is not between 1 and 256"),
     ],

@@ -42,6 +42,17 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return found
 
 
+def test_weights_are_held_once(named: tuple[str, Decoder], request: pytest.FixtureRequest) -> None:
+    """The embedding of both files is the head too. 3 % are for rows that fill up a last tile."""
+    name, model = named
+    path: Path = request.getfixturevalue(f"{next(key for key, value in NAMES.items() if value == name)}_path")
+    with GGUFFile.open(path) as file:
+        assert "output.weight" not in file.tensors
+        in_file = sum(tensor.nbytes for tensor in file.tensors.values())
+    assert model.weight_bytes <= 1.03 * in_file
+    assert model.token_embd.weight.data is model.output.weight.data
+
+
 def test_not_farther_from_the_float32_model_than_llama_cpp(named: tuple[str, Decoder], dtype: torch.dtype) -> None:
     name, model = named
     with np.load(DATA / f"{name}.npz") as data:

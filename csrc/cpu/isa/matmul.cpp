@@ -11,7 +11,7 @@ namespace {
 
 template <class T>
 constexpr MatmulKernels quantized() {
-  return {pack_tiles<T>, unpack_tiles<T>, matmul_tiles<T>, T::kBlock, T::kBlockBytes, false};
+  return {pack_tiles<T>, unpack_row<T>, matmul_tiles<T>, T::kBlock, T::kBlockBytes, false};
 }
 template <class T>
 constexpr MatmulKernels dense() {

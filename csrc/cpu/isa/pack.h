@@ -142,23 +142,19 @@ void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64
   }
 }
 template <class T>
-void unpack_tiles(const uint8_t* tiles, int64_t n, int64_t k, uint8_t* rows, int64_t tile_begin, int64_t tile_end) {
-  const int64_t blocks = k / T::kBlock, row_bytes = blocks * T::kBlockBytes, groups = k / 32;
-  for (int64_t t = tile_begin; t < tile_end; t++) {
-    const uint8_t* tile = tiles + t * 16 * row_bytes;
-    for (int r = 0; r < 16 && t * 16 + r < n; r++)
-      for (int64_t b = 0; b < blocks; b++) {
-        uint8_t* block = rows + (t * 16 + r) * row_bytes + b * T::kBlockBytes;
-        memset(block, 0, T::kBlockBytes);
-        const Chunk<T> chunk = chunk_of<T>(tile, b * T::kBlockGroups, groups);
-        const int first = int(b * T::kBlockGroups % kChunkGroups);
-        for (int g = 0; g < T::kBlockGroups; g++) {
-          uint8_t quants[32];
-          get_lane<T>(chunk.group(first + g) + 4 * r, quants);
-          write_group<T>(block, g, quants);
-        }
-        move_scales<T, true>(block, chunk.record(first), r);
-      }
+void unpack_row(const uint8_t* tiles, int64_t k, int64_t row, uint8_t* out) {
+  const int64_t blocks = k / T::kBlock, row_bytes = blocks * T::kBlockBytes, r = row % 16;
+  const uint8_t* tile = tiles + row / 16 * 16 * row_bytes;
+  memset(out, 0, size_t(row_bytes));
+  for (int64_t b = 0; b < blocks; b++, out += T::kBlockBytes) {
+    const Chunk<T> chunk = chunk_of<T>(tile, b * T::kBlockGroups, k / 32);
+    const int first = int(b * T::kBlockGroups % kChunkGroups);
+    for (int g = 0; g < T::kBlockGroups; g++) {
+      uint8_t quants[32];
+      get_lane<T>(chunk.group(first + g) + 4 * r, quants);
+      write_group<T>(out, g, quants);
+    }
+    move_scales<T, true>(out, chunk.record(first), int(r));
   }
 }
 }  // namespace
