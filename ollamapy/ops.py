@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,9 @@ from ollamapy.cpu_kernels import DecoderLayer as DecoderLayer
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import TYPES, GGMLType
+from ollamapy.kernel import Kernel as Kernel
+from ollamapy.kernel import Place as Place
+from ollamapy.kernel import Weight as Weight
 from ollamapy.quant.dequant import DEQUANT
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation as Activation
@@ -30,40 +32,6 @@ log = logging.getLogger(__name__)
 
 FAMILIES = ("csrc", "triton", "reference")
 Use = Literal["linear", "embedding", "dense"]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an op shall run: on a device, on a tensor type (ops on weights), with heads of some lengths (ops on KV caches)."""
-
-    device: torch.device
-    type: GGMLType | None = None
-    head_lengths: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Kernel:
-    """One implementation of one op. `needs` returns why it cannot serve a place, "" when it can.
-
-    `prepare` brings a weight into the form that `fn` takes; only ops on weights have one. `rows` of a linear kernel is an
-    embedding kernel that reads what it prepared.
-    """
-
-    op: str
-    family: str
-    fn: Callable[..., Any]
-    needs: Callable[[Place], str]
-    prepare: Callable[[QuantTensor, torch.device], Any] | None = None
-    rows: Kernel | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Weight:
-    """A weight in the form its kernel takes, with that kernel."""
-
-    data: Any
-    kernel: Kernel
-    shape: tuple[int, ...]
 
 
 def _anywhere(place: Place) -> str:
