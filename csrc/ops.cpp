@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("layer_new(Tensor[] tiles, int[] types, int[] rows, int[] columns, Tensor[] biases, Tensor[] vectors, int[] facts, float scale, "
         "float softcap, float eps) -> int");
   m.def("layer_free(int layer) -> ()");
-  // hidden (tokens, length) float32 through the layers, in place. ropes: (positions, n_rot), cosines then sines.
-  m.def("decoder(int[] layers, Tensor(a!) hidden, Tensor positions, Tensor slots, Tensor block_table, Tensor query_start, Tensor seq_lens, "
-        "Tensor[] keys, Tensor[] values, Tensor[] ropes, Tensor? temperature) -> ()");
+  // hidden (tokens, length) float32 through the layers, in place. ropes: (positions, n_rot), cosines then sines. Layer i writes to
+  // slots[groups[i]] and reads by block_tables[groups[i]].
+  m.def("decoder(int[] layers, Tensor(a!) hidden, Tensor positions, Tensor[] slots, Tensor[] block_tables, Tensor query_start, "
+        "Tensor seq_lens, Tensor[] keys, Tensor[] values, int[] groups, Tensor[] ropes, Tensor? temperature) -> ()");
 }

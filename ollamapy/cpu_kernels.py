@@ -218,9 +218,9 @@ class Stack:
     ) -> Tensor:
         """x (n, E) float32 through all layers, in place. ropes: (positions, n_rot), cosines then sines of each pair."""
         self._library.decoder(
-            *(self._layers, x, batch.positions, batch.slot_mapping),
-            *(batch.block_table, batch.query_start, batch.seq_lens),
-            *([cache.key for cache in caches], [cache.value for cache in caches]),
+            *(self._layers, x, batch.positions, [seen.slot_mapping for seen in batch.groups]),
+            *([seen.block_table for seen in batch.groups], batch.query_start, batch.seq_lens),
+            *([cache.key for cache in caches], [cache.value for cache in caches], [cache.group for cache in caches]),
             *(ropes, temperature),
         )
         return x

@@ -245,10 +245,12 @@ Buffers make_buffers(const std::vector<const Layer*>& layers, int64_t tokens, in
 }
 
 // hidden (num_tokens, length) float32, updated in place; one key and value cache per layer
-void decoder(std::vector<int64_t> handles, Tensor hidden, Tensor positions, Tensor slots, Tensor block_table, Tensor query_start, Tensor seq_lens,
-             std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<Tensor> ropes, std::optional<Tensor> temperature) {
+void decoder(std::vector<int64_t> handles, Tensor hidden, Tensor positions, std::vector<Tensor> slots, std::vector<Tensor> block_tables, Tensor query_start,
+             Tensor seq_lens, std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<int64_t> groups, std::vector<Tensor> ropes,
+             std::optional<Tensor> temperature) {
   const size_t count = handles.size();
-  STD_TORCH_CHECK(count > 0 && keys.size() == count && values.size() == count, "decoder: layers and caches differ in number");
+  STD_TORCH_CHECK(count > 0 && keys.size() == count && values.size() == count && groups.size() == count, "decoder: layers, caches and groups differ in number");
+  STD_TORCH_CHECK(!slots.empty() && slots.size() == block_tables.size(), "decoder: slots and block tables differ in number");
   std::vector<const Layer*> layers;
   int64_t length = 0;
   {
@@ -266,34 +268,39 @@ void decoder(std::vector<int64_t> handles, Tensor hidden, Tensor positions, Tens
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.size(1) == length, "decoder: hidden is not a contiguous (tokens, ", length, ")");
   const int64_t n = hidden.size(0);
   if (n == 0) return;
-  Paged p;
-  p.num_blocks = keys[0].size(0);
-  fill_sequences("decoder", p, n, block_table, query_start, seq_lens);
-  fill_slots("decoder", p, slots, n);
   check_vector("decoder", "positions", positions, ScalarType::Long, n);
-  p.tokens.positions = data<int64_t>(positions);
   if (temperature) check_vector("decoder", "temperature", *temperature, ScalarType::Float, n);
-  p.tokens.temperature = temperature ? data<float>(*temperature) : nullptr;
+  std::vector<Paged> paged(slots.size());  // by group; their items are equal
+  for (size_t g = 0; g < paged.size(); g++) {
+    paged[g].num_blocks = keys[0].size(0);
+    fill_sequences("decoder", paged[g], n, block_tables[g], query_start, seq_lens);
+    fill_slots("decoder", paged[g], slots[g], n);
+    paged[g].tokens.positions = data<int64_t>(positions);
+    paged[g].tokens.temperature = temperature ? data<float>(*temperature) : nullptr;
+  }
   std::vector<const float*> tables;
   for (const Tensor& rope : ropes) {
     check_type("decoder", "rope", rope, ScalarType::Float, 2);
     STD_TORCH_CHECK(rope.is_contiguous(), "decoder: a rope table is not contiguous");
     for (int64_t i = 0; i < n; i++)
-      STD_TORCH_CHECK(p.tokens.positions[i] >= 0 && p.tokens.positions[i] < rope.size(0), "decoder: position ", p.tokens.positions[i], " beyond a rope table of ", rope.size(0));
+      STD_TORCH_CHECK(data<int64_t>(positions)[i] >= 0 && data<int64_t>(positions)[i] < rope.size(0), "decoder: position ", data<int64_t>(positions)[i], " beyond a rope table of ", rope.size(0));
     tables.push_back(data<float>(rope));
   }
-  p.tokens.ropes = tables.data();
+  for (Paged& p : paged) p.tokens.ropes = tables.data();
   std::vector<Cache> caches;
+  std::vector<const Tokens*> tokens;
   for (size_t i = 0; i < count; i++) {
     const Layer& l = *layers[i];
-    caches.push_back(checked_cache("decoder", keys[i], values[i], l.attention, p.num_blocks));
+    caches.push_back(checked_cache("decoder", keys[i], values[i], l.attention, keys[0].size(0)));
+    STD_TORCH_CHECK(groups[i] >= 0 && size_t(groups[i]) < paged.size(), "decoder: layer ", i, " is of group ", groups[i], " of ", paged.size());
+    tokens.push_back(&paged[groups[i]].tokens);
     STD_TORCH_CHECK(!l.rope_kind || (size_t(l.rope_index) < ropes.size() && ropes[l.rope_index].size(1) == l.n_rot), "decoder: layer ", i, " has no rope table");
     STD_TORCH_CHECK(!l.temper || temperature, "decoder: layer ", i, " wants a temperature");
   }
   std::vector<int64_t> next(count);
   Buffers buffers = make_buffers(layers, n, length);
   buffers.next = next.data();
-  DecoderRun run{layers.data(), caches.data(), int64_t(count), &p.tokens, &buffers, data<float>(hidden), length};
+  DecoderRun run{layers.data(), caches.data(), int64_t(count), tokens.data(), &buffers, data<float>(hidden), length};
   team::run(team::size(), [](void* argument, int index, int threads) { kernels().decoder(*static_cast<DecoderRun*>(argument), index, threads); }, &run);
 }
 

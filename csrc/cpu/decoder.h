@@ -77,7 +77,7 @@ struct DecoderRun {
   const Layer* const* layers;
   const Cache* caches;
   int64_t num_layers;
-  const Tokens* tokens;
+  const Tokens* const* tokens;  // per layer: its group's slots and block table
   const Buffers* buffers;
   float* hidden;  // (num_tokens, length), updated in place
   int64_t length;

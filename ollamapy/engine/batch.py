@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,12 +19,18 @@ class Batch:
     token_ids: Tensor  # (num_tokens,) int64
     positions: Tensor  # (num_tokens,) int64, rope positions
     slot_mapping: Tensor  # (num_tokens,) int64: block_id * block_size + offset
-    block_table: Tensor  # (num_seqs, max_blocks) int32, rows padded with 0
+    block_table: Tensor  # (num_seqs, max_blocks) int32, rows padded with 0; behind a window: some block of the sequence
     query_start: Tensor  # (num_seqs + 1,) int32, exclusive sums of the query lengths
     seq_lens: Tensor  # (num_seqs,) int32, tokens in the cache after this step
     logit_rows: Tensor  # (num_logits,) int64: rows whose logits (or hidden states) are wanted
     query_lens: list[int]  # host copies of the same facts, so that nothing needs a device sync
     context_lens: list[int]  # == seq_lens
+    others: Sequence[Batch] = ()  # the same tokens with the slots and tables of layer groups 1, 2 ...; these are group 0's
+
+    @property
+    def groups(self) -> tuple[Batch, ...]:
+        """The batch as each layer group sees it."""
+        return (self, *self.others)
 
     @property
     def num_tokens(self) -> int:
@@ -50,3 +57,8 @@ class KVCache:
 
     key: Tensor  # (num_blocks, block_size, num_kv_heads, key_length)
     value: Tensor  # (num_blocks, block_size, num_kv_heads, value_length)
+    group: int = 0  # whose slots and block tables it is used with; layers of other groups share the tensors
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it consists of, each with the block as first dimension."""
+        return self.key, self.value

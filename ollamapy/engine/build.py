@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from ollamapy.engine.batch import Batch
+from ollamapy.engine.blocks import GONE
 from ollamapy.engine.scheduler import Schedule
 from ollamapy.engine.sequence import Sequence
 
@@ -14,14 +17,16 @@ def build_batch(step: Schedule, block_size: int, device: torch.device) -> Batch:
     """All tensors are views of two buffers, one of int64 and one of int32, so that a GPU is sent two copies, not seven."""
     sequences, query_lens = step.sequences, step.num_tokens
     count, total = len(sequences), sum(query_lens)
-    width = max(len(seq.block_table) for seq in sequences)
+    width = max(seq.num_blocks for seq in sequences)
+    groups = len(sequences[0].block_tables)
     wanted = wanted_rows(step)
-    wide = np.empty(3 * total + len(wanted), dtype=np.int64)
-    narrow = np.zeros(2 * count + 1 + count * width, dtype=np.int32)
-    token_ids, positions, slots = wide[:total], wide[total : 2 * total], wide[2 * total : 3 * total]
-    wide[3 * total :] = wanted
+    last = (2 + groups) * total
+    wide = np.empty(last + len(wanted), dtype=np.int64)
+    narrow = np.zeros(2 * count + 1 + groups * count * width, dtype=np.int32)
+    token_ids, positions, slots = wide[:total], wide[total : 2 * total], wide[2 * total : last].reshape(groups, total)
+    wide[last:] = wanted
     query_start, seq_lens = narrow[: count + 1], narrow[count + 1 : 2 * count + 1]
-    table = narrow[2 * count + 1 :].reshape(count, width)
+    tables = narrow[2 * count + 1 :].reshape(groups, count, width)
 
     computed = [seq.num_computed for seq in sequences]
     context_lens = [start + length for start, length in zip(computed, query_lens, strict=True)]
@@ -33,7 +38,7 @@ def build_batch(step: Schedule, block_size: int, device: torch.device) -> Batch:
         token_ids[row : row + len(own)] = own
         if len(own) < end - start:
             token_ids[row + len(own) : row + end - start] = seq.draft[: end - start - len(own)]
-        table[index, : len(seq.block_table)] = seq.block_table
+        _fill_tables(tables[:, index], seq)
         row += end - start
     if total == count:
         owner: np.ndarray[tuple[int], np.dtype[np.int64]] = np.arange(count)
@@ -41,21 +46,38 @@ def build_batch(step: Schedule, block_size: int, device: torch.device) -> Batch:
     else:
         owner = np.repeat(np.arange(count), query_lens)
         positions[:] = np.arange(total) + (np.asarray(computed) - query_start[:-1])[owner]
-    slots[:] = table[owner, positions // block_size] * block_size + positions % block_size
+    slots[:] = tables[:, owner, positions // block_size] * block_size + positions % block_size
 
     wide_tensor = torch.from_numpy(wide).to(device, non_blocking=True)
     narrow_tensor = torch.from_numpy(narrow).to(device, non_blocking=True)
-    return Batch(
+    slot_mappings = wide_tensor[2 * total : last].view(groups, total)
+    block_tables = narrow_tensor[2 * count + 1 :].view(groups, count, width)
+    batch = Batch(
         token_ids=wide_tensor[:total],
         positions=wide_tensor[total : 2 * total],
-        slot_mapping=wide_tensor[2 * total : 3 * total],
-        block_table=narrow_tensor[2 * count + 1 :].view(count, width),
+        slot_mapping=slot_mappings[0],
+        block_table=block_tables[0],
         query_start=narrow_tensor[: count + 1],
         seq_lens=narrow_tensor[count + 1 : 2 * count + 1],
-        logit_rows=wide_tensor[3 * total :],
+        logit_rows=wide_tensor[last:],
         query_lens=query_lens,
         context_lens=context_lens,
     )
+    batch.others = [
+        replace(batch, slot_mapping=slot_mappings[group], block_table=block_tables[group]) for group in range(1, groups)
+    ]
+    return batch
+
+
+def _fill_tables(rows: np.ndarray[tuple[int, int], np.dtype[np.int32]], seq: Sequence) -> None:
+    """Block tables (groups, width) of one sequence. Entries behind a window name a block within it: kernels may read whole
+    tiles of keys and give those out of the window the weight 0, so the keys must be numbers."""
+    for row, table in zip(rows, seq.block_tables, strict=True):
+        held = row[: len(table)]
+        held[:] = table
+        if table[0] == GONE:
+            gone = int(np.count_nonzero(held == GONE))
+            held[:gone] = held[gone]
 
 
 def wanted_rows(step: Schedule) -> list[int]:

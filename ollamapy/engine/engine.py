@@ -54,6 +54,7 @@ class Engine:
         self._kernels, self._load_ns = kernels or {}, load_ns
         self.runner = ModelRunner(model, plan)
         self.scheduler = Scheduler(plan, whole_prompts=not model.config.causal)
+        self._pool_tokens = self.scheduler.blocks.max_tokens(plan.context_length)
         self.sampler = Sampler()
         self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
         self.speculation = Speculation(plan, self.draft_model)
@@ -166,8 +167,7 @@ class Engine:
     def _begin(self, request_id: int, token_ids: list[int], params: SamplingParams, seed: int, pooling: Pooling | None) -> None:
         if request_id in self.scheduler.sequences or request_id in self._compiling:
             raise EngineError(f"request {request_id} is in use")
-        pool_tokens = self.plan.num_blocks * self.plan.block_size
-        limit = min(params.context_length or self.plan.context_length, self.plan.context_length, pool_tokens)
+        limit = min(params.context_length or self.plan.context_length, self.plan.context_length, self._pool_tokens)
         refusal = _refusal(token_ids, params, limit, self.model.config.vocab_size)
         if refusal and pooling is not None:
             self._pending.append(Embedding(request_id, b"", len(token_ids), refusal))

@@ -42,6 +42,14 @@ class SamplingParams(msgspec.Struct, frozen=True):
     grammar: str = ""  # what may be generated, in llguidance's JSON form; "": anything
     speculation: SpeculationMode = "off"  # where guesses of tokens ahead come from; "auto": whatever pays
     num_draft: int = 0  # most tokens guessed ahead; 0: as many as pay
+    cache_salt: str = ""  # cached prefixes are shared among requests with equal salts only
+
+
+class LayerGroup(msgspec.Struct, frozen=True):
+    """Layers that share block tables. A window other than 0: the blocks behind it are given back."""
+
+    window: int
+    layers: tuple[int, ...]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -59,6 +67,7 @@ class Plan(msgspec.Struct, frozen=True):
     num_threads: int = 0  # 0: physical cores
     kernels: str = ""  # force a kernel family: reference | csrc | triton; "": by capability
     prefix_cache: bool = True
+    groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
 
 
 # --- daemon -> engine ---------------------------------------------------------------------------------------

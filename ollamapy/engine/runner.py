@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ollamapy.engine.batch import Batch, KVCache
-from ollamapy.engine.protocol import Plan
+from ollamapy.engine.protocol import LayerGroup, Plan
 from ollamapy.errors import EngineError
 
 KV_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -37,8 +37,16 @@ class Model(Protocol):
 
     @property
     def config(self) -> Config: ...
-    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-        """A paged cache per layer, zeroed: a kernel that multiplies a stale slot by 0 must not meet a NaN there."""
+    def new_caches(
+        self,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: ListLike[LayerGroup] = (),
+    ) -> list[KVCache]:
+        """A paged cache per layer, zeroed: a kernel that multiplies a stale slot by 0 must not meet a NaN there. The n-th
+        layers of all groups share their tensors."""
         ...
 
     def forward(self, batch: Batch, caches: ListLike[KVCache]) -> Tensor:
@@ -57,11 +65,18 @@ class ModelRunner:
         self.model = model
         self.device = torch.device(plan.device)
         try:
-            self.caches = model.new_caches(plan.num_blocks, plan.block_size, KV_DTYPES[plan.kv_dtype], self.device)
+            dtype = KV_DTYPES[plan.kv_dtype]
+            self.caches = model.new_caches(plan.num_blocks, plan.block_size, dtype, self.device, plan.groups)
         except (MemoryError, RuntimeError) as error:  # torch on a CPU raises RuntimeError, on a GPU a subclass of it
             tokens = plan.num_blocks * plan.block_size
             raise EngineError(f"no memory for a KV cache of {tokens} tokens on {plan.device}: {error}") from error
-        self.kv_bytes = sum(cache.key.nbytes + cache.value.nbytes for cache in self.caches)
+        self.kv_bytes = sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the caches consist of, blocks first; what layers share is there once."""
+        tensors = (tensor for cache in self.caches for tensor in cache.tensors())
+        return list({tensor.data_ptr(): tensor for tensor in tensors}.values())
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ollamapy.engine.blocks import BlockManager
+from ollamapy.engine.blocks import BlockManager, Hit
 from ollamapy.engine.protocol import Embedding, Finish, FinishReason, Output, Plan
 from ollamapy.engine.sequence import Result, Sequence
 
@@ -39,10 +39,12 @@ class Scheduler:
     """`whole_prompts`: prompts are not cut into chunks nor reused, as models that attend both ways require."""
 
     def __init__(self, plan: Plan, whole_prompts: bool = False) -> None:
-        self.blocks = BlockManager(plan.num_blocks, plan.block_size, plan.prefix_cache and not whole_prompts)
         self.whole_prompts = whole_prompts
         self.max_num_seqs = plan.max_num_seqs
         self.max_batch_tokens = max(plan.max_batch_tokens, plan.max_num_seqs)  # all that decode fit into one step
+        windows = [group.window for group in plan.groups] or [0]
+        reuse = plan.prefix_cache and not whole_prompts
+        self.blocks = BlockManager(plan.num_blocks, plan.block_size, reuse, windows, self.max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.sequences: dict[int, Sequence] = {}  # by request id
@@ -81,7 +83,7 @@ class Scheduler:
         while index < len(self.running):  # grows shorter from its end while sequences are preempted
             seq = self.running[index]
             index += 1
-            if len(seq.token_ids) - seq.num_computed != 1 or not seq.block_table:
+            if len(seq.token_ids) - seq.num_computed != 1 or not seq.block_tables:
                 continue
             drafted = len(seq.draft)
             if not drafted or not self.blocks.grow(seq, len(seq.token_ids) + drafted):
@@ -101,12 +103,12 @@ class Scheduler:
             index += 1
             if seq in scheduled:
                 continue
-            if not seq.block_table:
-                self._reuse(seq, self.blocks.lookup(seq))
+            if not seq.block_tables:
+                self.blocks.share(seq, self._lookup(seq))
             count = self._chunk(seq, budget, step)
             while count and not self.blocks.grow(seq, seq.num_computed + count):
                 if self.running[-1] in scheduled or self.running[-1] is seq:
-                    count = 0 if self.whole_prompts else self._room(seq)
+                    count = 0 if self.whole_prompts else self.blocks.room(seq)
                 else:
                     self._preempt_youngest()
             if count:
@@ -120,38 +122,34 @@ class Scheduler:
         """Waiting sequences whose whole context fits beside what running prompts still need and a block for each running one,
         so that a sequence is not let in only to be preempted at the next block boundary."""
         blocks = self.blocks
-        promised = sum(blocks.blocks_for(len(seq.token_ids)) - len(seq.block_table) for seq in self.running)
+        promised = sum(blocks.needed(seq) for seq in self.running)
         now = 0
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             found = self._lookup(seq)
-            needed = blocks.blocks_for(len(seq.token_ids)) - len(found)
-            reserved = promised + len(self.running) if self.running else 0
+            needed = blocks.needed(seq, found)
+            reserved = promised + len(self.running) * len(blocks.windows) if self.running else 0
             if needed + reserved > blocks.num_available - blocks.num_unreferenced(found):
                 return
-            count = self._chunk(seq, budget, step, len(found) * blocks.block_size)
+            count = self._chunk(seq, budget, step, found.num_blocks * blocks.block_size)
             if not count:
                 return
             self.waiting.popleft()
             self.running.append(seq)
-            self._reuse(seq, found)
+            blocks.share(seq, found)
             if not seq.first_scheduled_ns:
                 now = now or time.monotonic_ns()
                 self._first_time(seq, now)
             fits = blocks.grow(seq, seq.num_computed + count)
             assert fits
-            promised += blocks.blocks_for(len(seq.token_ids)) - len(seq.block_table)
+            promised += blocks.needed(seq)
             step.sequences.append(seq)
             step.num_tokens.append(count)
             budget -= count
 
-    def _lookup(self, seq: Sequence) -> list[int]:
+    def _lookup(self, seq: Sequence) -> Hit:
         """Reusable blocks. A mean or first-token embedding needs the hidden states of its prompt, so it reuses nothing."""
-        return self.blocks.lookup(seq) if seq.pooling in (None, "last") else []
-
-    def _reuse(self, seq: Sequence, found: list[int]) -> None:
-        self.blocks.share(seq, found)
-        seq.num_computed = len(found) * self.blocks.block_size
+        return self.blocks.lookup(seq, reuse=seq.pooling in (None, "last"))
 
     def _first_time(self, seq: Sequence, now: int) -> None:
         seq.first_scheduled_ns = now
@@ -165,10 +163,6 @@ class Scheduler:
         if self.whole_prompts:
             return left if left <= budget or not len(step) else 0
         return min(left, budget)
-
-    def _room(self, seq: Sequence) -> int:
-        """Tokens of `seq` that can be computed with the blocks it has and those that are left."""
-        return (len(seq.block_table) + self.blocks.num_available) * self.blocks.block_size - seq.num_computed
 
     def _preempt_youngest(self) -> Sequence:
         seq = self.running.pop()
@@ -266,8 +260,8 @@ class Scheduler:
         if len(self.running) + len(self.waiting) != len(self.sequences):
             problems.append("a sequence is lost")
         for seq in self.sequences.values():
-            if len(seq.block_table) * self.blocks.block_size < seq.num_computed:
-                problems.append(f"request {seq.request_id} has {seq.num_computed} tokens in {len(seq.block_table)} blocks")
+            if seq.num_blocks * self.blocks.block_size < seq.num_computed:
+                problems.append(f"request {seq.request_id} has {seq.num_computed} tokens in {seq.num_blocks} blocks")
         return problems
 
 

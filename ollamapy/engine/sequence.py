@@ -79,6 +79,7 @@ class Sequence:
     pooling: Pooling | None = None  # an embedding request: how its hidden states become one vector
     arrival_ns: int = 0
     grammar: Grammar | None = None  # moves on with every token generated
+    salt: bytes = field(init=False)  # what keys and values depend on beside tokens, and who may share them
     num_prompt_tokens: int = field(init=False)
     max_tokens: int = field(init=False)
     num_keep: int = field(init=False)  # head tokens that a context shift keeps
@@ -94,9 +95,9 @@ class Sequence:
     penalties: PenaltyWindow | None = field(init=False)
 
     # moved by BlockManager
-    block_table: array[int] = field(default_factory=lambda: array("i"))
+    block_tables: list[array[int]] = field(default_factory=list)  # one per layer group, all of one length; none: no blocks
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids, as far as needed yet
-    num_registered: int = 0  # leading blocks of the table that were offered to the prefix cache
+    num_registered: int = 0  # leading blocks of the tables that were offered to the prefix cache
 
     # moved by Speculation
     draft: list[int] = field(default_factory=list)  # tokens guessed to follow token_ids, for the next step to verify
@@ -109,6 +110,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         params = self.params
+        self.salt = params.cache_salt.encode()
         self.num_prompt_tokens = len(self.token_ids)
         self.max_tokens = params.max_tokens if params.max_tokens >= 0 else MAX_CONTEXTS * self.context_length
         keep = self.num_prompt_tokens if params.num_keep < 0 else params.num_keep
@@ -118,6 +120,11 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_blocks(self) -> int:
+        """Length of its block tables."""
+        return len(self.block_tables[0]) if self.block_tables else 0
 
     def accept(self, token_id: int) -> FinishReason | None:
         """Takes the token sampled after all of token_ids; why the request ends with it, if it does.

@@ -42,7 +42,7 @@ class Speculation:
         num_rows = 0
         for seq in running:
             seq.draft = []
-            if seq.num_uncomputed != 1 or not seq.block_table or seq.pooling is not None:
+            if seq.num_uncomputed != 1 or not seq.block_tables or seq.pooling is not None:
                 continue
             num_rows += 1
             mode = seq.params.speculation

@@ -27,7 +27,7 @@ class DraftModel:
     """Guesses for some sequences together. `round_seconds`: what one more token of each costs, 0 until that was measured."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
-        self.runner = ModelRunner(model, plan)
+        self.runner = ModelRunner(model, msgspec.structs.replace(plan, groups=()))  # those are the main model's layers
         self.blocks = BlockManager(plan.num_blocks, plan.block_size, plan.prefix_cache)
         self.round_seconds = 0.0
         self._budget = max(plan.max_batch_tokens, plan.max_num_seqs)
@@ -85,8 +85,7 @@ class DraftModel:
             shadow = Sequence(seq.request_id, seq.token_ids[:], params, seq.context_length, seq.seed)
             shadow.num_shifts = seq.num_shifts
             self._shadows[seq.request_id] = shadow
-            self.blocks.share(shadow, found := self.blocks.lookup(shadow))
-            shadow.num_computed = len(found) * self.blocks.block_size
+            self.blocks.share(shadow, self.blocks.lookup(shadow))
         else:
             old, new = shadow.token_ids, seq.token_ids
             right = min(shadow.num_computed, len(new) - 1)

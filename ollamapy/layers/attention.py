@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from ollamapy.layers.spec import AttentionSpec, Rope
 class Step:
     """What all layers of one forward pass share. Rows are the batch's, padded with rows that belong to nobody."""
 
-    plan: Any  # of ops.attention
-    slot_mapping: Tensor
+    plans: Sequence[Any]  # of ops.attention, by the layer's group
+    slot_mappings: Sequence[Tensor]
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # cos and sin (n, 1, n_rot)
     temperature: Tensor | None  # (n, 1, 1), for layers with query_temperature
 
@@ -67,11 +67,11 @@ class Attention(Part):
         k = self.attn_k_norm(k.view(-1, spec.num_kv_heads, spec.key_length))
         cos, sin = step.rotary[spec.rope]
         ops.rope(q, k, cos, sin, spec.interleaved_rope)
-        ops.write_kv(k, v.view(-1, spec.num_kv_heads, spec.value_length), cache, step.slot_mapping)
+        ops.write_kv(k, v.view(-1, spec.num_kv_heads, spec.value_length), cache, step.slot_mappings[cache.group])
         seen = ops.attention(
             self._temper(q, step),
             cache,
-            step.plan,
+            step.plans[cache.group],
             scale=spec.scale,
             window=spec.window,
             cap=spec.softcap,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ollamapy.api.options import Options
-from ollamapy.engine.protocol import Plan
+from ollamapy.engine.groups import blocks_of, group_size, layer_groups
+from ollamapy.engine.protocol import LayerGroup, Plan
 from ollamapy.env import Settings
 from ollamapy.errors import EngineError
 from ollamapy.gguf.reader import TensorInfo
@@ -197,8 +198,25 @@ class _Shape:
     def batch_tokens(self, context: int) -> int:
         return self.options.num_batch or next(tokens for above, tokens in _BATCHES if context > above)
 
-    def block_bytes(self) -> int:
-        return self.config.kv_bytes_per_token(_KV_BYTES[self.kv_dtype]) * BLOCK_SIZE
+    def groups(self, context: int) -> tuple[LayerGroup, ...]:
+        """Layers whose windows are shorter than the context give their older blocks back, where all layers have equal heads."""
+        config = self.config
+        shapes = set(zip(config.num_kv_heads, config.key_length, config.value_length, strict=True))
+        return layer_groups(config.windows, context) if config.causal and len(shapes) == 1 else ()
+
+    def block_bytes(self, groups: Sequence[LayerGroup]) -> int:
+        layers = len(self.config.windows)
+        all_layers = self.config.kv_bytes_per_token(_KV_BYTES[self.kv_dtype]) * BLOCK_SIZE
+        return all_layers // layers * group_size(groups, layers) if groups else all_layers
+
+    def context_blocks(self, context: int, groups: Sequence[LayerGroup]) -> int:
+        """Blocks that one sequence of a full context holds at most."""
+        windows = [group.window for group in groups] or [0]
+        return blocks_of(context, windows, BLOCK_SIZE, self.batch_tokens(context))
+
+    def context_bytes(self, context: int) -> int:
+        groups = self.groups(context)
+        return self.context_blocks(context, groups) * self.block_bytes(groups)
 
     def workspace_bytes(self, kind: str, context: int) -> int:
         """Process, activations (some 24 float32 rows of the embedding's width per token) and logits (4 rows per sequence)."""
@@ -209,12 +227,13 @@ class _Shape:
     def on(self, place: _Place, context: int, cpu_cores: int) -> Placement | None:
         """None when not even one context fits."""
         workspace = self.workspace_bytes(place.kind, context)
-        blocks = -(-context // BLOCK_SIZE)
+        groups = self.groups(context)
+        blocks, block_bytes = self.context_blocks(context, groups), self.block_bytes(groups)
         left = place.free - self.weights[place.kind] - workspace
-        if blocks * self.block_bytes() > left:
+        if blocks * block_bytes > left:
             return None
         wanted = self.settings.num_parallel or MAX_CONTEXTS[place.kind]
-        fitting = int(left * KV_SHARE[place.kind]) // (blocks * self.block_bytes()) if self.block_bytes() else wanted
+        fitting = int(left * KV_SHARE[place.kind]) // (blocks * block_bytes) if block_bytes else wanted
         count = max(1, min(wanted, fitting))
         notes = (
             [f"OLLAMA_NUM_PARALLEL={wanted} does not fit: KV room for {count} contexts"]
@@ -235,8 +254,9 @@ class _Shape:
             max_batch_tokens=batch_tokens,
             num_threads=self.options.num_thread or cpu_cores,
             kernels=self.settings.kernels,
+            groups=groups,
         )
-        return Placement(made, self.weights[place.kind], count * blocks * self.block_bytes(), workspace, tuple(notes))
+        return Placement(made, self.weights[place.kind], count * blocks * block_bytes, workspace, tuple(notes))
 
 
 def _gpu_places(devices: Devices, settings: Settings, options: RunnerOptions) -> list[_Place]:
@@ -259,9 +279,7 @@ def _must_be_gpu(settings: Settings) -> bool:
 
 
 def _does_not_fit(shape: _Shape, place: _Place, context: int) -> DoesNotFit:
-    need = (
-        shape.weights[place.kind] + shape.workspace_bytes(place.kind, context) + -(-context // BLOCK_SIZE) * shape.block_bytes()
-    )
+    need = shape.weights[place.kind] + shape.workspace_bytes(place.kind, context) + shape.context_bytes(context)
     kind = "system" if place.kind == "cpu" else "GPU"
     return DoesNotFit(
         f"model requires more {kind} memory ({_size(need)} with a context of {context} tokens) than is available "

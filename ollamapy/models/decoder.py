@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.engine.protocol import LayerGroup
 from ollamapy.layers.attention import Step
 from ollamapy.layers.block import DecoderBlock
 from ollamapy.layers.embedding import Embedding
@@ -66,9 +67,23 @@ class Decoder(Module):
         self._rotary: dict[Rope, RotaryTable] = {}
         self._stack: Any | None = None
 
-    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-        """What each layer keeps per token, paged."""
-        return [ops.new_cache(block.state, num_blocks, block_size, dtype, device) for block in self.blk]
+    def new_caches(
+        self,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: Sequence[LayerGroup] = (),
+    ) -> list[KVCache]:
+        """What each layer keeps per token, paged. The n-th layers of all groups share their tensors."""
+        places: list[KVCache] = []
+        caches: dict[int, KVCache] = {}
+        for number, layers in enumerate([group.layers for group in groups] or [range(len(self.blk))]):
+            for place, layer in enumerate(layers):
+                if place == len(places):
+                    places.append(ops.new_cache(self.blk[layer].state, num_blocks, block_size, dtype, device))
+                caches[layer] = replace(places[place], group=number)
+        return [caches[layer] for layer in range(len(self.blk))]
 
     def attention_scale(self, key_length: int) -> float:
         """Of q k^T, where the file does not give it."""
@@ -118,7 +133,8 @@ class Decoder(Module):
         rotary = {rope: table.rows(positions, length) for rope, table in self._rotary.items()}
         temperature = self._temperature(positions)
         rows = None if temperature is None else temperature.view(-1, 1, 1)
-        return Step(ops.plan_attention(batch, caches[0]), batch.slot_mapping, rotary, rows)
+        plans = [ops.plan_attention(seen, caches[0]) for seen in batch.groups]
+        return Step(plans, [seen.slot_mapping for seen in batch.groups], rotary, rows)
 
     def _temperature(self, positions: Tensor) -> Tensor | None:
         """(n,): what queries are multiplied with by their position, for models that do so."""

@@ -14,10 +14,12 @@ from torch import Tensor
 from ollamapy import reference
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.engine.engine import Engine
-from ollamapy.engine.protocol import Embedding, Finish, Output, Plan, SamplingParams, Step, TokenLogprob
+from ollamapy.engine.protocol import Embedding, Finish, LayerGroup, Output, Plan, SamplingParams, Step, TokenLogprob
 
 VOCAB = 97
 HIDDEN = 4
+WINDOW = 6  # of the second layer, when it is in a group of its own
+GROUPS = (LayerGroup(0, (0,)), LayerGroup(WINDOW, (1,)))
 RAISES, NOT_A_NUMBER, BREAKS_LOGITS = 90, 91, 92  # prompts with these tokens fail in forward, in sampling, in logits
 
 
@@ -47,9 +49,18 @@ class FakeModel:
         self.tables = rng.normal(size=(2, 1024, VOCAB)).astype(np.float32) * 2
         self.tables[:, :, RAISES : BREAKS_LOGITS + 1] = -100.0  # never generated
 
-    def new_caches(self, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-        states = [LayerState(1, 2, 1), LayerState(2, 1, 1, window=4)]
-        return [reference.new_cache(state, num_blocks, block_size, dtype, device) for state in states]
+    def new_caches(
+        self,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: Sequence[LayerGroup] = (),
+    ) -> list[KVCache]:
+        """In groups, both layers use one tensor, so that a block given to both is seen."""
+        states = [LayerState(1, 2, 2), LayerState(1, 2, 2, window=WINDOW)]
+        first, second = (reference.new_cache(state, num_blocks, block_size, dtype, device) for state in states)
+        return [first, KVCache(first.value, first.key, group=1) if groups else second]
 
     def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
         self.num_forwards += 1
@@ -57,7 +68,8 @@ class FakeModel:
         self._check(batch)
         first, second = caches
         first.key.view(-1, 2)[batch.slot_mapping] = torch.stack((batch.token_ids, batch.positions), 1).float()
-        second.value.view(-1, 2)[batch.slot_mapping] = torch.stack((batch.positions, batch.token_ids), 1).float()
+        slots = batch.groups[second.group].slot_mapping
+        second.value.view(-1, 2)[slots] = torch.stack((batch.positions, batch.token_ids), 1).float()
         if self.broken or (self.fail_forwards and batch.num_seqs > 1):
             self.fail_forwards = max(self.fail_forwards - 1, 0)
             raise RuntimeError("kernel failed at /some/path.cpp:12")
@@ -108,8 +120,11 @@ class FakeModel:
         """The tokens of a sequence as both layers remember them; their positions must be 0, 1, 2 ..."""
         blocks, length = batch.block_table[s].long(), batch.context_lens[s]
         keys = caches[0].key[blocks].view(-1, 2)[:length]
+        blocks = batch.groups[caches[1].group].block_table[s].long()
         values = caches[1].value[blocks].view(-1, 2)[:length]
-        assert torch.equal(keys, values.flip(1)), "the caches of two layers disagree"
+        # A windowed layer remembers what the first of the step's tokens sees, and what comes after it.
+        seen = max(length - batch.query_lens[s] - WINDOW + 1, 0) if caches[1].group else 0
+        assert torch.equal(keys[seen:], values.flip(1)[seen:]), "the caches of two layers disagree"
         assert torch.equal(keys[:, 1], torch.arange(length).float()), "a slot holds another position"
         return [int(token) for token in keys[:, 0].tolist()]
 

@@ -26,12 +26,16 @@ def computed(blocks: BlockManager, token_ids: list[int]) -> Sequence:
     return seq
 
 
+def found(blocks: BlockManager, token_ids: list[int]) -> list[int]:
+    return list(blocks.lookup(sequence(token_ids)).tables[0])
+
+
 def test_grow_to_the_edge_of_a_block() -> None:
     blocks = BlockManager(4, 4)
     seq = sequence([1] * 20)
     for tokens, used in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (16, 4)):
-        assert blocks.grow(seq, tokens) and len(seq.block_table) == used and blocks.num_free == 4 - used
-    assert not blocks.grow(seq, 17) and len(seq.block_table) == 4
+        assert blocks.grow(seq, tokens) and seq.num_blocks == used and blocks.num_free == 4 - used
+    assert not blocks.grow(seq, 17) and seq.num_blocks == 4
     blocks.release(seq)
     assert blocks.num_free == 4 and blocks.num_cached == 0, "nothing was registered"
     assert blocks.check([seq]) == []
@@ -41,26 +45,26 @@ def test_growth_that_fails_changes_nothing() -> None:
     blocks = BlockManager(3, 2)
     first, second = sequence([1] * 4), sequence([2] * 4)
     assert blocks.grow(first, 4)
-    assert not blocks.grow(second, 4) and len(second.block_table) == 0 and blocks.num_free == 1
+    assert not blocks.grow(second, 4) and second.num_blocks == 0 and blocks.num_free == 1
     assert blocks.check([first, second]) == []
 
 
 def test_only_full_blocks_before_the_last_token_are_found() -> None:
     blocks = BlockManager(8, 4)
     seq = computed(blocks, list(range(10)))
-    assert blocks.lookup(sequence(list(range(10)))) == list(seq.block_table[:2])
-    assert blocks.lookup(sequence(list(range(8)))) == list(seq.block_table[:1]), "its last token has to be computed"
-    assert blocks.lookup(sequence(list(range(9)))) == list(seq.block_table[:2])
-    assert blocks.lookup(sequence([0, 1, 2])) == []
-    assert blocks.lookup(sequence([0, 1, 2, 9, 4, 5, 6, 7, 8])) == []
-    assert blocks.lookup(sequence([4, 5, 6, 7, 8])) == [], "the same tokens after another head are another content"
+    assert found(blocks, list(range(10))) == list(seq.block_tables[0][:2])
+    assert found(blocks, list(range(8))) == list(seq.block_tables[0][:1]), "its last token has to be computed"
+    assert found(blocks, list(range(9))) == list(seq.block_tables[0][:2])
+    assert found(blocks, [0, 1, 2]) == []
+    assert found(blocks, [0, 1, 2, 9, 4, 5, 6, 7, 8]) == []
+    assert found(blocks, [4, 5, 6, 7, 8]) == [], "the same tokens after another head are another content"
 
 
 def test_shared_blocks_return_with_their_last_user() -> None:
     blocks = BlockManager(8, 4)
     first = computed(blocks, list(range(9)))
     second = computed(blocks, list(range(9)))
-    assert first.block_table[:2] == second.block_table[:2] and first.block_table[2] != second.block_table[2]
+    assert first.block_tables[0][:2] == second.block_tables[0][:2] and first.block_tables[0][2] != second.block_tables[0][2]
     assert blocks.check([first, second]) == []
     blocks.release(first)
     assert (blocks.num_free, blocks.num_cached) == (5, 0)
@@ -76,8 +80,8 @@ def test_oldest_content_is_evicted_first_and_heads_last() -> None:
     assert blocks.num_cached == 4
     big = sequence([1, 1])
     assert blocks.grow(big, 2)
-    assert len(blocks.lookup(sequence([10, 11, 12, 13, 0]))) == 1, "the tail of the older one went"
-    assert len(blocks.lookup(sequence([20, 21, 22, 23, 0]))) == 2
+    assert len(found(blocks, [10, 11, 12, 13, 0])) == 1, "the tail of the older one went"
+    assert len(found(blocks, [20, 21, 22, 23, 0])) == 2
     blocks.release(big)
     assert blocks.check([]) == []
 
@@ -101,7 +105,7 @@ def test_forgotten_content_is_not_found() -> None:
     kept = computed(blocks, [1, 2, 3])
     failed = computed(blocks, [1, 2, 3, 4, 5])
     blocks.release(failed, forget=True)
-    assert len(blocks.lookup(sequence([1, 2, 3, 4, 5]))) == 1, "what another sequence uses stays"
+    assert len(found(blocks, [1, 2, 3, 4, 5])) == 1, "what another sequence uses stays"
     blocks.release(kept, forget=True)
     assert (blocks.num_free, blocks.num_cached) == (8, 0)
     assert blocks.check([]) == []
@@ -126,16 +130,16 @@ def test_hash_covers_large_ids_and_order() -> None:
     [
         lambda b, s: b._free.append(b._free[0]),
         lambda b, s: b._free.pop(),
-        lambda b, s: b._free.append(s.block_table[0]),
+        lambda b, s: b._free.append(s.block_tables[0][0]),
         lambda b, s: b._cached.popitem(),
-        lambda b, s: b._references.__setitem__(s.block_table[0], 2),
+        lambda b, s: b._references.__setitem__(s.block_tables[0][0], 2),
         lambda b, s: b._references.__setitem__(b._free[0], 1),
-        lambda b, s: s.block_table.append(s.block_table[0]),
-        lambda b, s: s.block_table.pop(),
-        lambda b, s: b._hash_of.__setitem__(b._free[0], b"x"),
-        lambda b, s: b._block_of.clear(),
-        lambda b, s: b._block_of.__setitem__(next(iter(b._block_of)), b._free[0]),
-        lambda b, s: b._hash_of.__setitem__(next(iter(b._cached)), None),
+        lambda b, s: s.block_tables[0].append(s.block_tables[0][0]),
+        lambda b, s: s.block_tables[0].pop(),
+        lambda b, s: b._known.__setitem__(b._free[0], (0, b"x")),
+        lambda b, s: b._block_of[0].clear(),
+        lambda b, s: b._block_of[0].__setitem__(next(iter(b._block_of[0])), b._free[0]),
+        lambda b, s: b._known.__setitem__(next(iter(b._cached)), None),
     ],
 )
 def test_check_sees_damage(damage: Callable[[BlockManager, Sequence], object]) -> None:

@@ -310,7 +310,7 @@ def test_embedding_beside_generation() -> None:
 def test_info_and_stats() -> None:
     run = Run(num_blocks=10)
     info = run.engine.info()
-    assert info.kv_bytes == 10 * 4 * (2 + 1 + 2 + 2) * 4 and info.vram_bytes == 0 and info.weight_bytes == 1000
+    assert info.kv_bytes == 10 * 4 * (2 + 2 + 2 + 2) * 4 and info.vram_bytes == 0 and info.weight_bytes == 1000
     run.add(0, PROMPT, max_tokens=5)
     run.add(1, PROMPT, max_tokens=5)
     stats = run.engine.stats()

@@ -248,3 +248,25 @@ def test_visible_gpus(visible: str | None, numbers: list[int]) -> None:
 def test_an_empty_cuda_visible_devices_is_not_an_absent_one() -> None:
     assert load({"CUDA_VISIBLE_DEVICES": ""}).cuda_visible_devices == ""
     assert load({}).cuda_visible_devices is None
+
+
+def windowed(layers: int = 18, window: int = 512) -> ModelConfig:
+    """gemma3 270m: 15 of 18 layers see 512 tokens; 18 KiB of f16 KV per token."""
+    keys = {
+        "context_length": 32768, "embedding_length": 640, "block_count": layers, "feed_forward_length": 2048,
+        "attention.head_count": 4, "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": 256, "attention.value_length": 256, "attention.sliding_window": window, "vocab_size": 262144,
+    }  # fmt: skip
+    return ModelConfig.from_gguf({"general.architecture": "gemma3", **{f"gemma3.{key}": value for key, value in keys.items()}})
+
+
+def test_windowed_layers_take_their_window() -> None:
+    """Of 32,768 tokens three layers keep all, fifteen 512 and those of one step (1,024): 119 MiB where there were 576."""
+    options = RunnerOptions(num_ctx=32768)
+    placed = plan(windowed(), {"cpu": 0, "cuda": 0}, cpu(32), Settings(num_parallel=1), options)
+    made = placed.plan
+    assert [(group.window, len(group.layers)) for group in made.groups] == [(0, 3), *[(512, 3)] * 5]
+    assert made.num_blocks == 2048 + 5 * ((511 + made.max_batch_tokens + 15) // 16 + 1)
+    assert placed.kv_bytes == made.num_blocks * 16 * 3 * 2 * 256 * 2
+    whole = plan(windowed(window=32768), {"cpu": 0, "cuda": 0}, cpu(32), Settings(num_parallel=1), options)
+    assert whole.plan.groups == () and whole.kv_bytes == 32768 * 18 * 1024 and placed.kv_bytes < whole.kv_bytes / 3

@@ -88,7 +88,7 @@ class Layers:
     def apart(self, x: Tensor, batch: Batch) -> Tensor:
         length = max(batch.context_lens)
         turns = {rope: table.rows(batch.positions, length) for rope, table in self.rotary.items()}
-        step = Step(batch, batch.slot_mapping, turns, temperature(batch).view(-1, 1, 1))
+        step = Step([batch], [batch.slot_mapping], turns, temperature(batch).view(-1, 1, 1))
         x = x.clone()
         for block, cache in zip(self.blocks, self.caches[1], strict=True):
             x = block(x, step, cache)

@@ -228,10 +228,10 @@ struct LayerRun {
 void run_decoder(const DecoderRun& run, int index, int count) {
   const Thread thread{index, count};
   int64_t begin, end;
-  thread.share(run.tokens->num_tokens, begin, end);
+  thread.share(run.tokens[0]->num_tokens, begin, end);
   float* row = run.buffers->rows + index * run.length;
   for (int64_t i = 0; i < run.num_layers; i++) {
-    const LayerRun layer{thread, *run.layers[i], *run.tokens, *run.buffers, run.caches[i], run.hidden, run.length, row,
+    const LayerRun layer{thread, *run.layers[i], *run.tokens[i], *run.buffers, run.caches[i], run.hidden, run.length, row,
                          run.buffers->next + i, begin, end};
     layer.attention();
     layer.feed_forward();
