@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ServiceTier = Literal["priority", "default", "flex"]
 SpeculationMode = Literal["off", "ngram", "draft", "auto"]
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 
@@ -68,6 +69,17 @@ class Plan(msgspec.Struct, frozen=True):
     kernels: str = ""  # force a kernel family: reference | csrc | triton; "": by capability
     prefix_cache: bool = True
     groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
+    slowdown: float = 2.5  # how much longer than decoding alone a step with prompt tokens may take; <= 1: no limit
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Whose request it is, for the fair share between clients, and how urgent. `client` is any text, "" also."""
+
+    client: str = ""
+    tier: ServiceTier = "default"
+
+
+NOBODY = Caller()
 
 
 # --- daemon -> engine ---------------------------------------------------------------------------------------
@@ -77,11 +89,13 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     request_id: int
     token_ids: list[int]
     params: SamplingParams
+    caller: Caller = NOBODY
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
     request_id: int
     token_ids: list[int]
+    caller: Caller = NOBODY
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
