@@ -37,4 +37,12 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   // slots[groups[i]] and reads by block_tables[groups[i]].
   m.def("decoder(int[] layers, Tensor(a!) hidden, Tensor positions, Tensor[] slots, Tensor[] block_tables, Tensor query_start, "
         "Tensor seq_lens, Tensor[] keys, Tensor[] values, int[] groups, Tensor[] ropes, Tensor? temperature) -> ()");
+  // logits (n, V) float32 -> the `count` largest of each row, larger first, lower id first among equals: float32 and int64, both
+  // (n, min(count, V)). NaN for a row with a NaN or a positive infinity.
+  m.def("largest(Tensor logits, int count) -> (Tensor, Tensor)");
+  // log(sum(exp(row))) (n) float64; NaN for a row with a NaN or a positive infinity.
+  m.def("log_totals(Tensor logits) -> Tensor");
+  // One token of each row: cuts (n, 5) float64 are temperature, top_k, top_p, min_p and the number in [0, 1) that decides. Ids (n)
+  // int64, -1 where a row is not finite, and their probabilities among the tokens kept (n) float64.
+  m.def("draw(Tensor logits, Tensor cuts) -> (Tensor, Tensor)");
 }

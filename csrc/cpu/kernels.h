@@ -31,6 +31,10 @@ struct Kernels {
 
   // Keys (n, kv_heads * key_length) and values of rows [begin, end) to their slots.
   void (*write_cache)(const AttentionShape& a, const Cache& cache, const int64_t* slots, const float* k, const float* v, int64_t begin, int64_t end);
+
+  // For sampling: maxima of lanes of 16 logits, and weights exp((x - best) / temperature) with their sum (isa/sampling.cpp).
+  bool (*lane_maxima)(const float* x, int64_t groups, float* out);
+  double (*exp_weights)(const float* x, int64_t n, double best, double temperature, double* w);
 };
 
 const Kernels& kernels();  // of the instruction set in force: the best that the CPU has, unless `cpu_isa` forced another

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from ollamapy.engine.protocol import SamplingParams
 
 Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
+STREAM = 0xD1B54A32D192ED03
 
 
 @dataclass(slots=True)
@@ -84,11 +86,32 @@ def keep_min_p(rows: Candidates, params: Sequence[SamplingParams]) -> None:
         rows.keep((rows.weights >= limits * rows.weights.max(axis=1, keepdims=True)) | (limits <= 0.0))
 
 
-FILTERS = (keep_top_k, keep_typical_p, keep_top_p, keep_min_p)
+def drop_likeliest(rows: Candidates, params: Sequence[SamplingParams], uniforms: Floats) -> None:
+    """XTC (p-e-w 2024): with some probability, of the tokens that have at least the threshold only the least likely stays."""
+    chosen = np.ones_like(rows.kept)
+    for row, p in enumerate(params):
+        if 0.0 < p.xtc_threshold <= 0.5 and uniforms[row] < p.xtc_probability:
+            choices = np.flatnonzero(rows.kept[row] & (rows.weights[row] >= p.xtc_threshold * rows.total[row]))
+            chosen[row, choices[:-1]] = False
+    if not chosen.all():
+        rows.keep(chosen)
 
 
-def draw(rows: Candidates, params: Sequence[SamplingParams], uniforms: Floats) -> NDArray[np.int64]:
-    """Divides the logits by the temperature and draws: index of the candidate of each row (n,).
+def decide(rows: Candidates, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Filters and draws: index of the candidate of each row (n,), and its probability among those kept (n,).
+
+    `uniforms` (n, 2): the first decides the token, the second whether XTC takes part.
+    """
+    keep_top_k(rows, params)
+    keep_typical_p(rows, params)
+    keep_top_p(rows, params)
+    keep_min_p(rows, params)
+    drop_likeliest(rows, params, uniforms[:, 1])
+    return draw(rows, params, uniforms[:, 0])
+
+
+def draw(rows: Candidates, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Divides the logits by the temperature and draws: index of the candidate of each row (n,), and its probability (n,).
 
     `uniforms` (n,) in [0, 1). Temperature <= 0 takes the likeliest, whatever is kept.
     """
@@ -102,22 +125,27 @@ def draw(rows: Candidates, params: Sequence[SamplingParams], uniforms: Floats) -
     last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0.0, axis=1)  # u * total may round up to total
     greedy = np.array([p.temperature <= 0.0 for p in params])
     picked: NDArray[np.int64] = np.where(greedy, 0, np.minimum(chosen, last))
-    return picked
+    probabilities = np.where(greedy, 1.0, weights[np.arange(len(picked)), picked] / running[:, -1])
+    return picked, probabilities
 
 
-def draw_unfiltered(logits: NDArray[np.float32], temperature: float, uniform: float) -> int:
-    """Token id drawn from softmax(logits / temperature) of one whole row (V,)."""
+def draw_unfiltered(logits: NDArray[np.float32], temperature: float, uniform: float) -> tuple[int, float]:
+    """Token id drawn from softmax(logits / temperature) of one whole row (V,), and its probability."""
     values = logits.astype(np.float64)
     values -= values.max()
     with np.errstate(over="ignore"):
         values /= temperature
     running = np.cumsum(np.exp(values, out=values))
-    return int(np.searchsorted(running, min(uniform * running[-1], np.nextafter(running[-1], 0.0)), side="right"))
+    picked = int(np.searchsorted(running, min(uniform * running[-1], np.nextafter(running[-1], 0.0)), side="right"))
+    return picked, float(values[picked] / running[-1])
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides token `position` of a request: splitmix64 (Steele et al. 2014) used as a counter."""
-    bits = _mix(_mix(seed & MASK) + (position + 1) * GAMMA)
+def uniform(seed: int, position: int, stream: int = 0) -> float:
+    """The number in [0, 1) that decides token `position` of a request: splitmix64 (Steele et al. 2014) used as a counter.
+
+    Streams of one seed are independent of each other.
+    """
+    bits = _mix(_mix((seed ^ stream * STREAM) & MASK) + (position + 1) * GAMMA)
     return (bits >> 11) * 2.0**-53
 
 

@@ -12,7 +12,6 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ServiceTier = Literal["priority", "default", "flex"]
 SpeculationMode = Literal["off", "ngram", "draft", "auto"]
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 
@@ -20,7 +19,8 @@ MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 class SamplingParams(msgspec.Struct, frozen=True):
     """How one request is sampled and when it ends. Names and meanings are those of Ollama's options.
 
-    The order of the steps is llama.cpp's: penalties, top_k, typical_p, top_p, min_p, temperature, draw.
+    The order of the steps is llama.cpp's: logit bias, penalties, DRY, grammar, top_k, typical_p, top_p, min_p, XTC,
+    temperature, draw. Under mirostat: logit bias, penalties, DRY, grammar, temperature, mirostat, draw.
     """
 
     temperature: float = 0.8  # <= 0: greedy
@@ -32,6 +32,18 @@ class SamplingParams(msgspec.Struct, frozen=True):
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    mirostat: int = 0  # 1, 2: that version of it, and none of the filters above; anything else: off
+    mirostat_tau: float = 5.0  # bits of surprise aimed at
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0  # 0: off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2  # tokens that may be repeated
+    dry_penalty_last_n: int = -1  # 0: off, -1: the whole context
+    dry_breakers: tuple[int, ...] = ()  # tokens that no repetition goes past
+    dry_breaker_sequences: tuple[tuple[int, ...], ...] = ()
+    xtc_probability: float = 0.0  # <= 0: off
+    xtc_threshold: float = 0.1  # > 0.5: off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these ids
     seed: int = -1  # < 0: a random one is drawn when the request is made
     max_tokens: int = -1  # generated tokens, a stop id included; < 0: ten context lengths
     stop_ids: tuple[int, ...] = ()  # end of generation; the id itself is not reported
@@ -69,17 +81,6 @@ class Plan(msgspec.Struct, frozen=True):
     kernels: str = ""  # force a kernel family: reference | csrc | triton; "": by capability
     prefix_cache: bool = True
     groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
-    slowdown: float = 2.5  # how much longer than decoding alone a step with prompt tokens may take; <= 1: no limit
-
-
-class Caller(msgspec.Struct, frozen=True):
-    """Whose request it is, for the fair share between clients, and how urgent. `client` is any text, "" also."""
-
-    client: str = ""
-    tier: ServiceTier = "default"
-
-
-NOBODY = Caller()
 
 
 # --- daemon -> engine ---------------------------------------------------------------------------------------
@@ -89,13 +90,11 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     request_id: int
     token_ids: list[int]
     params: SamplingParams
-    caller: Caller = NOBODY
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
     request_id: int
     token_ids: list[int]
-    caller: Caller = NOBODY
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

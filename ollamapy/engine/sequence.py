@@ -6,7 +6,6 @@ Token ids are kept in typed arrays, so that a slice of them is copied into a bat
 from __future__ import annotations
 
 import copy
-import math
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,9 +14,8 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from ollamapy.engine.grammar import Grammar
-from ollamapy.engine.protocol import NOBODY, Caller, FinishReason, SamplingParams, TokenLogprob
+from ollamapy.engine.protocol import FinishReason, SamplingParams, TokenLogprob
 from ollamapy.engine.speculation_cost import Track
-from ollamapy.errors import ContextOverflow
 
 Pooling = Literal["mean", "cls", "last"]
 MAX_CONTEXTS = 10  # generated tokens, in context lengths, of a request that sets no limit
@@ -80,7 +78,6 @@ class Sequence:
     seed: int = 0
     pooling: Pooling | None = None  # an embedding request: how its hidden states become one vector
     arrival_ns: int = 0
-    caller: Caller = NOBODY
     grammar: Grammar | None = None  # moves on with every token generated
     salt: bytes = field(init=False)  # what keys and values depend on beside tokens, and who may share them
     num_prompt_tokens: int = field(init=False)
@@ -96,6 +93,7 @@ class Sequence:
     first_token_ns: int = 0
     last_token_ns: int = 0
     penalties: PenaltyWindow | None = field(init=False)
+    mu: list[float] = field(init=False)  # mirostat's state before each generated token; moved by the sampler
 
     # moved by BlockManager
     block_tables: list[array[int]] = field(default_factory=list)  # one per layer group, all of one length; none: no blocks
@@ -118,6 +116,7 @@ class Sequence:
         self.max_tokens = params.max_tokens if params.max_tokens >= 0 else MAX_CONTEXTS * self.context_length
         keep = self.num_prompt_tokens if params.num_keep < 0 else params.num_keep
         self.num_keep = max(min(keep, self.context_length - 4), 0)
+        self.mu = [2.0 * params.mirostat_tau]
         self.penalties = penalty_window(params, self.context_length, self.token_ids)
 
     @property
@@ -181,19 +180,3 @@ class Sequence:
         del self.token_ids[keep : keep + dropped]
         self.block_hashes.clear()
         self.num_shifts += 1
-
-
-def refusal(token_ids: list[int], params: SamplingParams, context_length: int, vocab_size: int) -> str:
-    """Why a request cannot be run; "" when it can."""
-    if not token_ids:
-        return "the prompt has no tokens"
-    if len(token_ids) > context_length:
-        return str(ContextOverflow(len(token_ids), context_length))
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        return f"a token id of the prompt is not in 0..{vocab_size - 1}"
-    for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
-        if not math.isfinite(getattr(params, name)):
-            return f"{name} is not a finite number"
-    if params.repeat_penalty <= 0.0:
-        return f"repeat_penalty must be greater than 0, not {params.repeat_penalty}"
-    return ""

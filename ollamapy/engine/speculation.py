@@ -14,7 +14,7 @@ from collections.abc import Sequence as ListLike
 import torch
 
 from ollamapy.engine.protocol import Plan
-from ollamapy.engine.schedule import Schedule
+from ollamapy.engine.scheduler import Schedule
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.speculation_cost import DRAFT_MODEL, StepCost, allot, rounds
 from ollamapy.engine.speculation_draft import DraftModel
@@ -46,7 +46,7 @@ class Speculation:
                 continue
             num_rows += 1
             mode = seq.params.speculation
-            if mode == "off" or _most(seq) <= 0:
+            if mode == "off" or _most(seq) <= 0 or seq.params.mirostat:  # whose state needs the token before
                 continue
             _learn(seq)
             found = mode != "draft" and _look_up(seq)

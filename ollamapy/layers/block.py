@@ -8,7 +8,6 @@ from ollamapy import ops
 from ollamapy.engine.batch import KVCache, LayerState
 from ollamapy.layers.attention import Attention, Step
 from ollamapy.layers.layer import Module
-from ollamapy.layers.linear import Linear
 from ollamapy.layers.mlp import FusedGatedMLP, GatedMLP
 from ollamapy.layers.moe import MixtureOfExperts
 from ollamapy.layers.norm import RMSNorm, identity
@@ -40,11 +39,12 @@ class DecoderBlock(Module):
         spec = self.spec.attention
         return LayerState(spec.num_kv_heads, spec.key_length, spec.value_length, spec.window)
 
-    def fused(self, rope_index: int) -> ops.DecoderLayer:
-        """The layer as `ops.stack` takes it, with the index of its rotary table."""
+    def fused(self, rope_index: int) -> ops.DecoderLayer | None:
+        """The layer as `ops.stack` takes it, with the index of its rotary table; None for one that does not fit there."""
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            return None
         spec = self.spec.attention
         matrices = {**self.attention.matrices(), **self.feed_forward.matrices()}
-        biases = {name: matrix.bias for name, matrix in matrices.items() if isinstance(matrix, Linear)}
         norms = {
             "attn_norm": self.attn_norm,
             "post_attn_norm": self.post_attention_norm,
@@ -58,7 +58,7 @@ class DecoderBlock(Module):
             vectors["sinks"] = self.attention.attn_sinks.weight
         return ops.DecoderLayer(
             weights={name: matrix.weight.data for name, matrix in matrices.items()},
-            biases={name: bias for name, bias in biases.items() if bias is not None},
+            biases={name: matrix.bias for name, matrix in matrices.items() if matrix.bias is not None},
             vectors=vectors,
             num_heads=spec.num_heads,
             state=self.state,
@@ -71,7 +71,6 @@ class DecoderBlock(Module):
             activation=self.spec.feed_forward.activation,
             temper=spec.query_temperature,
             eps=self.spec.norm_eps,
-            routing=self.feed_forward.routing if isinstance(self.feed_forward, MixtureOfExperts) else None,
         )
 
     def __call__(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:

@@ -36,15 +36,6 @@ class MixtureOfExperts(Part):
         self.ffn_up_exps = Experts(experts.count, experts.length, embedding_length, sources("ffn_up"))
         self.ffn_down_exps = Experts(experts.count, embedding_length, experts.length, sources("ffn_down"))
 
-    def matrices(self) -> dict[str, Linear | Experts]:
-        """By their part in `ops.DecoderLayer`."""
-        return {
-            "router": self.ffn_gate_inp,
-            "gate": self.ffn_gate_exps,
-            "up": self.ffn_up_exps,
-            "down": self.ffn_down_exps,
-        }
-
     def __call__(self, x: Tensor) -> Tensor:
         experts = self.ffn_gate_exps.weight, self.ffn_up_exps.weight, self.ffn_down_exps.weight
         return ops.moe(x, self.ffn_gate_inp(x), experts, self.routing, self.activation)

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from ollamapy.engine import filters
-from ollamapy.engine.candidates import largest
 from ollamapy.engine.filters import Candidates
 from ollamapy.engine.protocol import SamplingParams
-from ollamapy.engine.sampler import HEAD, NOT_FINITE, WHOLE, Sampler, log_totals, num_candidates
+from ollamapy.engine.sampler import NOT_FINITE, Sampler
 from ollamapy.engine.sequence import Result, Sequence
+from ollamapy.reference.sampling import HEAD, WHOLE, largest, log_totals, num_candidates
 
 Row = NDArray[np.float32]
 
@@ -72,7 +72,7 @@ def expected_token(row: Row, seq: Sequence) -> int:
     p = seq.params
     if p.temperature <= 0:
         return int(np.argmax(row))
-    unfiltered = p.top_k <= 0 and p.top_p >= 1 and p.min_p <= 0 and p.typical_p >= 1
+    unfiltered = not 0 < p.top_k < len(row) and p.top_p >= 1 and p.min_p <= 0 and p.typical_p >= 1
     left = list(enumerate(row.astype(np.float64).tolist())) if unfiltered else survivors(row, p)
     logits = np.array([logit for _, logit in left])
     cumulative = np.cumsum(softmax((logits - logits.max()) / p.temperature))
@@ -319,10 +319,10 @@ def test_extreme_temperatures() -> None:
 def test_largest_uniform_stays_inside() -> None:
     rows = Candidates.of(np.array([[1.0, 0.5, 0.1, -np.inf]], np.float32))
     below_one = np.array([1.0 - 2.0**-53])
-    assert filters.draw(rows, [SamplingParams(temperature=1.0)], below_one).tolist() == [2]
-    assert filters.draw(rows, [SamplingParams(temperature=1.0)], np.array([0.0])).tolist() == [0]
-    assert filters.draw_unfiltered(np.array([1.0, 0.5, -np.inf], np.float32), 1.0, float(below_one[0])) == 1
-    assert filters.draw_unfiltered(np.array([-np.inf, 0.5, 0.1], np.float32), 1.0, 0.0) == 1
+    assert filters.draw(rows, [SamplingParams(temperature=1.0)], below_one)[0].tolist() == [2]
+    assert filters.draw(rows, [SamplingParams(temperature=1.0)], np.array([0.0]))[0].tolist() == [0]
+    assert filters.draw_unfiltered(np.array([1.0, 0.5, -np.inf], np.float32), 1.0, float(below_one[0]))[0] == 1
+    assert filters.draw_unfiltered(np.array([-np.inf, 0.5, 0.1], np.float32), 1.0, 0.0)[0] == 1
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 from ollamapy import extension
 from tests.csrc import check_ops
-from tests.ops import cpu_attention, cpu_decoder, cpu_linear
+from tests.ops import cpu_attention, cpu_decoder, cpu_linear, cpu_sampling
 
 CHECKS: list[Callable[[], Any]] = [
     check_ops.check_all,
     *cpu_linear.checks(),
     *cpu_attention.checks(),
     *cpu_decoder.checks(),
+    *cpu_sampling.checks(),
 ]
 
 

@@ -18,5 +18,7 @@ void quantize_rows(const float* x, int64_t ldx, int64_t k, uint8_t* acts, int64_
 void run_decoder(const DecoderRun& run, int index, int count);
 void run_attention(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, float* y, int64_t* next);
 void write_cache(const AttentionShape& a, const Cache& cache, const int64_t* slots, const float* k, const float* v, int64_t begin, int64_t end);
+bool lane_maxima(const float* x, int64_t groups, float* out);
+double exp_weights(const float* x, int64_t n, double best, double temperature, double* w);
 
 }  // namespace ollamapy::OLLAMAPY_ISA

@@ -19,6 +19,8 @@ const Kernels kernels = {
     .decoder = run_decoder,
     .attention = run_attention,
     .write_cache = write_cache,
+    .lane_maxima = lane_maxima,
+    .exp_weights = exp_weights,
 };
 
 }  // namespace ollamapy::OLLAMAPY_TABLE
