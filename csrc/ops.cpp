@@ -23,6 +23,8 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("unpack_weight(Tensor tiles, int type, int n, int k) -> Tensor");
   // x (m, k) float32 times a packed (n, k) weight -> (m, n) float32. Quantized weights take x as int8 per 32.
   m.def("linear(Tensor x, Tensor tiles, int type, int n, Tensor? bias) -> Tensor");
+  // x (rows, n) float32 / sqrt(mean of its squares + eps) * weight (n,) -> (rows, n)
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   // Paged KV caches are key (blocks, kv heads, key_length, 16) and value (blocks, kv heads, 16, value_length): float16, bfloat16 or
   // float32, blocks of 16 tokens. slots (tokens,) int64: block * 16 + offset.
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, Tensor slots) -> ()");

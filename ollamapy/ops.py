@@ -83,6 +83,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("moe", "reference", reference.moe, _anywhere),
     Kernel("pad_rows", "csrc", cpu_kernels.pad_rows, _on_cpu),
     Kernel("pad_rows", "reference", reference.pad_rows, _anywhere),
+    Kernel("rms_norm", "csrc", cpu_kernels.rms_norm, _on_cpu),
     Kernel("rms_norm", "reference", reference.rms_norm, _anywhere),
     Kernel("layer_norm", "reference", reference.layer_norm, _anywhere),
     Kernel("rope", "reference", reference.rope, _anywhere),

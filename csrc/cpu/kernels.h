@@ -23,6 +23,9 @@ struct Kernels {
   // Rows [begin, end) of x, each k floats ldx apart, as int8 records for the quantized matmuls (isa/quantize.h).
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t k, uint8_t* acts, int64_t begin, int64_t end);
 
+  // y = x / rms(x) * w of rows [begin, end) of n floats.
+  void (*norm_rows)(const float* x, const float* w, float* y, int64_t n, float eps, int64_t begin, int64_t end);
+
   // This thread's part of a run through decoder layers; all `count` threads of the team call it.
   void (*decoder)(const DecoderRun& run, int index, int count);
 

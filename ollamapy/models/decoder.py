@@ -117,7 +117,7 @@ class Decoder(Module):
             step = self._step(batch, caches)
             for block, cache in zip(self.blk, caches, strict=True):
                 x = block(x, step, cache)
-        return self.output_norm(x[batch.logit_rows])
+        return self.output_norm(x.index_select(0, batch.logit_rows))
 
     __call__ = forward
 

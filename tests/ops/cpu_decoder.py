@@ -205,6 +205,18 @@ def check_misfits() -> None:
     assert ops.stack([fits, None]) is None
 
 
+def check_norm() -> None:
+    """Rounding: n / 16 + 5 additions of squares, halved by the root, and six operations more. Rows are alone."""
+    for shape in ((1, 1), (3, 7), (5, 4, 64), (2, 577), (200, 48), (0, 8)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])) * 3 + 1
+        weight = torch.linspace(-2, 3, shape[-1])
+        got, wide = cpu_kernels.rms_norm(x, weight, 1e-5), x.double()
+        expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        assert torch.all((got - expected).abs() <= (shape[-1] / 32 + 9) * 2.0**-24 * expected.abs())
+        for i in range(0, shape[0], 67):
+            assert torch.equal(cpu_kernels.rms_norm(x[i : i + 1], weight, 1e-5), got[i : i + 1])
+
+
 def checks() -> list[Any]:
     ops.choose(CPU)
-    return [check_dense, check_quantized, check_rows_are_alone, check_misfits]
+    return [check_norm, check_dense, check_quantized, check_rows_are_alone, check_misfits]

@@ -102,6 +102,21 @@ def test_no_rows(csrc: Any) -> None:
     assert csrc.linear(X[:0], _tiles(csrc), Q8, 20, None).shape == (0, 20)
 
 
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda o: o.rms_norm(X.double(), X[0], 1e-6), "rms_norm: x has the wrong dtype"),
+        (lambda o: o.rms_norm(X[0], X[0], 1e-6), "rms_norm: x has 1 dimensions"),
+        (lambda o: o.rms_norm(X.T, X[:, 0], 1e-6), "rms_norm: x and weight must be contiguous"),
+        (lambda o: o.rms_norm(X, X[0, :63], 1e-6), "rms_norm: weight has 63 elements, not 64"),
+        (lambda o: o.rms_norm(X, X, 1e-6), "rms_norm: weight has 2 dimensions"),
+    ],
+)
+def test_rms_norm_refuses(csrc: Any, call: Callable[[Any], Any], problem: str) -> None:
+    with pytest.raises(RuntimeError, match=problem):
+        call(csrc)
+
+
 ATTENTION: dict[str, Any] = {
     "q": torch.zeros(3, 32),
     "key": torch.zeros(4, 1, 16, 16),

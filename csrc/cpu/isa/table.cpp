@@ -16,6 +16,7 @@ const Kernels kernels = {
     .embedding_rows = embedding_rows,
     .matmul = matmul_kernels,
     .quantize_rows = quantize_rows,
+    .norm_rows = norm_rows,
     .decoder = run_decoder,
     .attention = run_attention,
     .write_cache = write_cache,
