@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-LEARNING = 1 / 32  # weight of the newest step
+LEARNING = 1 / 32  # weight of the newest step in the line
+LEARNING_ROWS = 1 / 6  # and in the figure of its own number of rows
+FORGOTTEN = 1000  # steps after which a number of rows that did not occur is judged by the line again
 ROW_SHARE = {"cpu": 0.15}  # of a step of one row, the part that a second row costs again; before anything was measured
 ROW_SHARE_ELSEWHERE = 0.02
 SPREAD = 0.5  # rows^2: how much the assumed price weighs against the measured one
-MARGIN = 1.1  # a guess must promise so much more than it costs: copies and draws of a row are not in the price
-OUTLIER = 4.0  # times the expected seconds: more than this was not the step
+MARGIN = 1.05  # guesses must promise so much more tokens per second than none
+OUTLIER = 3.0  # times the expected seconds: more than this was not the step
 
 BUCKETS = (4, 8)  # matched tokens from which on a guess belongs to the next kind
 DRAFT_MODEL = 3  # the kind of guesses of a draft model
@@ -22,17 +24,38 @@ RATE_LEARNING = 0.15
 
 
 class StepCost:
-    """Seconds of a step that decodes: base + per_row * rows, by least squares that forget, leaning on an assumed share."""
+    """Seconds of a step that decodes, by its rows: as measured, and where nothing was, on a line through what was.
+
+    The line is one of least squares that forget, leaning on an assumed share. It is not enough: kernels have thresholds
+    (a step of 5 rows of SmolLM2 takes 1.4 times one of 4 on two AVX-512 cores, one of 8 not more than one of 5).
+    """
 
     def __init__(self, device_type: str) -> None:
         self._share = ROW_SHARE.get(device_type, ROW_SHARE_ELSEWHERE)
         self._rows = self._seconds = self._spread = self._joint = 0.0
+        self._measured: dict[int, tuple[float, int]] = {}  # rows -> seconds, when
+        self._now = 0
+
+    @property
+    def known(self) -> bool:
+        return self._seconds > 0.0
+
+    def seconds(self, rows: int) -> float:
+        """0 before the first step."""
+        found, when = self._measured.get(rows, (0.0, 0))
+        if found and self._now - when < FORGOTTEN:
+            return found
+        return self._seconds + self.per_row * (rows - self._rows)
 
     def observe(self, rows: int, seconds: float) -> None:
+        self._now += 1
         if not self._seconds:
             self._rows, self._seconds = float(rows), seconds
             return
-        seconds = min(seconds, OUTLIER * (self.base + self.per_row * rows))
+        expected = self.seconds(rows)
+        seconds = min(seconds, OUTLIER * expected)
+        weight = LEARNING_ROWS if rows in self._measured else 1.0
+        self._measured[rows] = expected + weight * (seconds - expected), self._now
         off_rows, off_seconds = rows - self._rows, seconds - self._seconds
         self._rows += LEARNING * off_rows
         self._seconds += LEARNING * off_seconds
@@ -41,16 +64,10 @@ class StepCost:
 
     @property
     def per_row(self) -> float:
-        """0 before the first step."""
-        if not self._seconds:
-            return 0.0
+        """Slope of the line."""
         assumed = self._seconds * self._share / (1 - self._share + self._share * self._rows)
         found = (self._joint + SPREAD * assumed) / (self._spread + SPREAD)
-        return min(max(found, 0.1 * assumed), self._seconds / self._rows)
-
-    @property
-    def base(self) -> float:
-        return self._seconds - self.per_row * self._rows
+        return min(max(found, 0.1 * assumed), self._seconds / max(self._rows, 1.0))
 
 
 @dataclass(slots=True)
@@ -92,33 +109,36 @@ class Track:
 def allot(rates: Sequence[float], lengths: Sequence[int], num_rows: int, most_rows: int, cost: StepCost) -> list[int]:
     """How many of the `lengths[i]` guessed tokens of sequence i to verify, in a step of `num_rows` rows without guesses.
 
-    A guess that comes true is a token more for one row more. The likeliest are taken first, as long as each raises the
-    tokens per second of the step. At 16 rows of which each costs a tenth of the rest, that takes a chance of 0.68.
+    A guess that comes true is a token more for one row more. The likeliest are taken first, and as many as make the step's
+    tokens per second the most.
     """
     counts = [0] * len(rates)
-    base, per_row = cost.base, cost.per_row
+    if not cost.known:
+        return counts
     chances = [(rate**place, index) for index, rate in enumerate(rates) for place in range(1, lengths[index] + 1)]
-    tokens, rows = float(num_rows), num_rows
-    for chance, index in sorted(chances, reverse=True):
-        if rows >= most_rows or chance * (base + per_row * rows) <= MARGIN * per_row * tokens:
-            break
-        counts[index] += 1
+    chances = sorted(chances, reverse=True)[: most_rows - num_rows]
+    tokens, best, speed = float(num_rows), 0, MARGIN * num_rows / cost.seconds(num_rows)
+    for count, (chance, _) in enumerate(chances, start=1):
         tokens += chance
-        rows += 1
+        own = tokens / cost.seconds(num_rows + count)
+        if own > speed:
+            best, speed = count, own
+    for _, index in chances[:best]:
+        counts[index] += 1
     return counts
 
 
 def rounds(rates: Sequence[float], lengths: Sequence[int], num_rows: int, cost: StepCost, seconds: float) -> int:
     """How many tokens a draft model should guess for each of some sequences of a step of `num_rows` rows, when a round, one
     token of each, takes `seconds`: what makes the most tokens per second of it all. 1 to see what a round takes."""
-    if not seconds or not cost.base:
+    if not seconds or not cost.known:
         return min(1, max(lengths))
-    tokens, rows, best, speed = float(num_rows), num_rows, 0, num_rows / (cost.base + cost.per_row * num_rows) * MARGIN
+    tokens, rows, best, speed = float(num_rows), num_rows, 0, MARGIN * num_rows / cost.seconds(num_rows)
     for count in range(1, max(lengths) + 1):
         going = [rate for rate, length in zip(rates, lengths, strict=True) if length >= count]
         tokens += sum(rate**count for rate in going)
         rows += len(going)
-        own = tokens / (cost.base + cost.per_row * rows + count * seconds)
+        own = tokens / (cost.seconds(rows) + count * seconds)
         if own > speed:
             best, speed = count, own
     return best

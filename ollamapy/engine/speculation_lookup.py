@@ -11,27 +11,33 @@ import numpy as np
 
 MIN_SUFFIX = 2  # tokens; one alone recurs everywhere and says little
 MAX_SUFFIX = 16
+MAX_COMPARED = 16  # occurrences
 
 
 def continuation(token_ids: array[int], count: int) -> tuple[list[int], int]:
-    """`count` tokens after the latest earlier occurrence of the longest suffix of `token_ids` that has one, and that
-    suffix's length; ([], 0) without one. A guess that runs into the end goes on as what it repeats.
+    """`count` tokens after an earlier occurrence of the end of `token_ids`, and how many tokens long that occurrence is; ([], 0)
+    without one. Of the latest MAX_COMPARED occurrences, the longest, and of equal ones the latest. A guess that runs into
+    the end goes on as what it repeats.
 
-    12 us at 1,000 tokens, 40 us at 100,000.
+    7 us at 1,000 tokens, 80 us at 100,000: a step of a small model takes 3,000 us.
     """
-    tokens = np.frombuffer(token_ids, dtype=np.int64)
-    size = len(tokens)
-    ends = np.flatnonzero(tokens[:-1] == tokens[-1]) + 1  # where an occurrence of the suffix ends
-    length = 1
-    while length < MAX_SUFFIX and ends.size and length < size - 1:
-        longer = ends[ends > length]
-        longer = longer[tokens[longer - length - 1] == tokens[size - length - 1]]
-        if not longer.size:
-            break
-        ends, length = longer, length + 1
-    if not ends.size or length < MIN_SUFFIX:
+    size = len(token_ids)
+    if size <= MIN_SUFFIX:
         return [], 0
-    end = int(ends[-1])
+    tokens = np.frombuffer(token_ids, dtype=np.int64)
+    ends = np.flatnonzero(tokens[1:-1] == tokens[-1]) + 2  # where an occurrence ends
+    ends = ends[tokens[ends - 2] == tokens[-2]]
+    best, end = 0, 0
+    for candidate in ends[: -MAX_COMPARED - 1 : -1].tolist():
+        length, most = MIN_SUFFIX, min(candidate, MAX_SUFFIX)
+        while length < most and token_ids[candidate - length - 1] == token_ids[size - length - 1]:
+            length += 1
+        if length > best:
+            best, end = length, candidate
+        if length == MAX_SUFFIX:
+            break
+    if not best:
+        return [], 0
     period = size - end
-    head: list[int] = tokens[end : end + count].tolist()
-    return [head[place % period] for place in range(count)], length
+    head = token_ids[end : end + count].tolist()
+    return (head if len(head) == count else [head[place % period] for place in range(count)]), best

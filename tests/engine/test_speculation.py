@@ -8,8 +8,8 @@ from array import array
 import numpy as np
 import pytest
 
-from ollamapy.engine.speculation_cost import StepCost, Track, allot
-from ollamapy.engine.speculation_lookup import MAX_SUFFIX, continuation
+from ollamapy.engine.speculation_cost import FORGOTTEN, StepCost, Track, allot, rounds
+from ollamapy.engine.speculation_lookup import MAX_COMPARED, MAX_SUFFIX, continuation
 from tests.engine.fake import NOT_A_NUMBER, RAISES, VOCAB, Answer, FakeModel, Run, alone
 from tests.engine.test_churn import random_request
 from tests.engine.test_grammar import EOS, SHADOW, lark, reason, text
@@ -21,16 +21,13 @@ PROMPT = [5, 3, 8, 1, 9, 2, 7, 5, 3]
 class Free(StepCost):
     """Rows that cost nothing: every guess is verified, whatever the clock says."""
 
+    known = True
+
     def __init__(self) -> None:
         super().__init__("cpu")
-        self._seconds = 1.0
 
-    def observe(self, rows: int, seconds: float) -> None:
-        return
-
-    @property
-    def per_row(self) -> float:
-        return 0.0
+    def seconds(self, rows: int) -> float:
+        return 1.0
 
 
 def guessing(run: Run) -> Run:
@@ -74,13 +71,13 @@ def test_lookup(tokens: list[int], count: int, expected: tuple[list[int], int]) 
 def test_lookup_is_what_a_plain_search_finds(seed: int) -> None:
     rng = random.Random(seed)
     tokens = [rng.randrange(rng.choice([2, 3, 5])) for _ in range(rng.randrange(1, 60))]
-    found: tuple[list[int], int] = ([], 0)
-    for length in range(2, min(MAX_SUFFIX, len(tokens) - 1) + 1):
-        ends = [end for end in range(length, len(tokens)) if tokens[end - length : end] == tokens[len(tokens) - length :]]
-        if ends:
-            guess = tokens[ends[-1] :]
-            found = ((guess * 8)[:8], length)
-    assert continuation(array("q", tokens), 8) == found
+    size, found = len(tokens), (0, 0)
+    ends = [end for end in range(2, size) if tokens[end - 2 : end] == tokens[-2:]][-MAX_COMPARED:]
+    for end in ends:
+        length = max(n for n in range(2, min(end, MAX_SUFFIX) + 1) if tokens[end - n : end] == tokens[size - n :])
+        found = max(found, (length, end))
+    expected = (tokens[found[1] :] * 8)[:8] if found[0] else []
+    assert continuation(array("q", tokens), 8) == (expected, found[0])
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -256,44 +253,66 @@ def test_a_step_that_fails_is_run_again_with_its_guesses() -> None:
 
 
 def test_cost_is_learnt_from_steps() -> None:
+    """A line where nothing was measured, and a jump where one was."""
     cost = StepCost("cpu")
     rng = random.Random(0)
+
+    def truth(rows: int) -> float:
+        return 0.008 + 0.0015 * rows + (0.006 if rows == 5 else 0.0)
+
     for _ in range(2000):
         rows = rng.choice([1, 2, 5, 9, 16])
-        cost.observe(rows, (0.008 + 0.0015 * rows) * rng.uniform(0.9, 1.1))
-    assert cost.per_row == pytest.approx(0.0015, rel=0.15) and cost.base == pytest.approx(0.008, rel=0.15)
+        cost.observe(rows, truth(rows) * rng.uniform(0.9, 1.1))
+    for rows in (1, 2, 5, 9, 16):
+        assert cost.seconds(rows) == pytest.approx(truth(rows), rel=0.1)
+    assert cost.seconds(30) == pytest.approx(truth(30), rel=0.2)
+    for _ in range(FORGOTTEN):
+        cost.observe(2, truth(2))
+    assert cost.seconds(5) < 1.25 * truth(4), "what was long ago is tried again"
 
 
 def test_cost_of_rows_never_seen_is_assumed() -> None:
     cost = StepCost("cpu")
+    assert not cost.known
     for _ in range(100):
         cost.observe(1, 0.010)
-    assert cost.per_row == pytest.approx(0.0015) and cost.base == pytest.approx(0.0085)
+    assert cost.known and cost.seconds(1) == pytest.approx(0.010) and cost.seconds(3) == pytest.approx(0.013)
+    cost.observe(1, 10.0)
+    assert cost.seconds(1) < 0.014, "a step that something else held up"
 
 
-class Fixed(StepCost):
-    def __init__(self, base: float, per_row: float) -> None:
+class Line(StepCost):
+    known = True
+
+    def __init__(self, base: float, per_row: float, jump: int = 1000) -> None:
         super().__init__("cpu")
-        self._fixed = base, per_row
+        self._line = base, per_row, jump
 
-    @property
-    def base(self) -> float:
-        return self._fixed[0]
-
-    @property
-    def per_row(self) -> float:
-        return self._fixed[1]
+    def seconds(self, rows: int) -> float:
+        base, per_row, jump = self._line
+        return base + per_row * rows + (base if rows >= jump else 0.0)
 
 
 def test_guesses_are_verified_where_they_pay() -> None:
-    cost = Fixed(10.0, 1.0)
+    cost = Line(10.0, 1.0)
     assert allot([0.9], [8], 1, 99, cost) == [8]
-    assert allot([0.095], [8], 1, 99, cost) == [0], "0.095 tokens for 1/11 of a step's price: within the margin"
-    assert allot([0.6], [8], 1, 99, cost) == [3], "the fourth: 0.13 * 14 < 1.1 * 2.18"
+    assert allot([0.1], [8], 1, 99, cost) == [0], "1.1 tokens in 12 are no more than 1 in 11"
+    assert allot([0.6], [8], 1, 99, cost) == [3], "1 + 0.6 + 0.36 + 0.22 in 14; a fourth makes it 2.31 in 15"
     assert allot([0.6] * 32, [8] * 32, 32, 99, cost) == [0] * 32
     assert allot([0.95] + [0.3] * 15, [8] * 16, 16, 99, cost)[0] > 2
     assert sum(allot([0.99] * 4, [8] * 4, 4, 10, cost)) == 6, "never beyond the budget"
     assert allot([0.99], [8], 1, 99, StepCost("cpu")) == [0], "not before the first step was measured"
+    assert allot([0.8], [8], 4, 99, Line(10.0, 0.5, jump=5)) == [0], "the fifth row doubles the price"
+    assert allot([0.99] * 4, [8] * 4, 4, 99, Line(10.0, 0.5, jump=5)) == [8] * 4, "which many of them pay"
+
+
+def test_a_draft_model_is_asked_where_it_pays() -> None:
+    cost = Line(10.0, 1.0)
+    assert rounds([0.9], [8], 1, cost, 0.0) == 1, "to see what it takes"
+    assert rounds([0.9], [8], 1, cost, 0.5) == 8 > rounds([0.9], [8], 1, cost, 3.0) > 0
+    assert rounds([0.9], [8], 1, cost, 11.0) == 0, "as slow as the model itself"
+    assert rounds([0.5] * 32, [8] * 32, 32, cost, 2.0) == 0
+    assert rounds([0.9, 0.9], [2, 1], 2, cost, 0.1) == 2
 
 
 def test_rates_follow_what_came() -> None:
