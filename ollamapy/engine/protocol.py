@@ -69,7 +69,8 @@ class Plan(msgspec.Struct, frozen=True):
     """What placement decided about one engine: everything its process needs to load and run the model."""
 
     model_path: str  # GGUF; of a split model, its first file
-    adapter_paths: tuple[str, ...] = ()
+    draft_path: str = ""  # GGUF of a smaller model of the same vocabulary that guesses ahead
+    num_draft_blocks: int = 0  # KV blocks of the draft model's own pool
     device: str = "cpu"  # torch device string
     kv_dtype: Literal["f16", "bf16", "f32"] = "f16"
     block_size: int = 16  # tokens per KV block

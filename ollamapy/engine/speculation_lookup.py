@@ -15,7 +15,7 @@ MAX_COMPARED = 16  # occurrences
 
 
 def continuation(token_ids: array[int], count: int) -> tuple[list[int], int]:
-    """`count` tokens after an earlier occurrence of the end of `token_ids`, and how many tokens long that occurrence is; ([], 0)
+    """`count` tokens after an earlier occurrence of the end of `token_ids`, and how many tokens long that is; ([], 0)
     without one. Of the latest MAX_COMPARED occurrences, the longest, and of equal ones the latest. A guess that runs into
     the end goes on as what it repeats.
 

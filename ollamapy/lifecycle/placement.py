@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ollamapy.api.options import Options
 from ollamapy.engine.groups import blocks_of, group_size, layer_groups
@@ -38,6 +38,14 @@ _KV_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 class DoesNotFit(EngineError):
     """Not even one context fits; it may once other models are unloaded."""
+
+
+class Beside(NamedTuple):
+    """A draft model that goes where the model goes; `weights` as in `plan`."""
+
+    path: str
+    config: ModelConfig
+    weights: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +111,7 @@ def plan(
     settings: Settings,
     options: RunnerOptions,
     model_path: str = "",
-    adapter_paths: Sequence[str] = (),
+    draft: Beside | None = None,
 ) -> Placement:
     """The best GPU that holds the model with one full context, else the CPU, with as much KV room as is sensible.
 
@@ -113,7 +121,9 @@ def plan(
     Raises DoesNotFit, and EngineError when a device is forced that is not there.
     """
     kv_dtype, notes = kv_type(settings.kv_cache_type)
-    shape = _Shape(config, weights, settings, options, kv_dtype, (model_path, tuple(adapter_paths)))
+    if draft is not None:
+        weights = {kind: size + draft.weights[kind] for kind, size in weights.items()}
+    shape = _Shape(config, weights, settings, options, kv_dtype, model_path, draft)
     gpus = _gpu_places(devices, settings, options)
     for place, context in [(p, c) for c in contexts(config, devices.gpus, settings, options) for p in gpus]:
         placement = shape.on(place, context, devices.cpu_cores)
@@ -193,7 +203,8 @@ class _Shape:
     settings: Settings
     options: RunnerOptions
     kv_dtype: Literal["f16", "bf16", "f32"]
-    paths: tuple[str, tuple[str, ...]]
+    model_path: str
+    draft: Beside | None
 
     def batch_tokens(self, context: int) -> int:
         return self.options.num_batch or next(tokens for above, tokens in _BATCHES if context > above)
@@ -214,9 +225,15 @@ class _Shape:
         windows = [group.window for group in groups] or [0]
         return blocks_of(context, windows, BLOCK_SIZE, self.batch_tokens(context))
 
+    def draft_bytes(self, context: int) -> int:
+        """Of a draft model's KV cache for one context."""
+        if self.draft is None:
+            return 0
+        return -(-context // BLOCK_SIZE) * BLOCK_SIZE * self.draft.config.kv_bytes_per_token(_KV_BYTES[self.kv_dtype])
+
     def context_bytes(self, context: int) -> int:
         groups = self.groups(context)
-        return self.context_blocks(context, groups) * self.block_bytes(groups)
+        return self.context_blocks(context, groups) * self.block_bytes(groups) + self.draft_bytes(context)
 
     def workspace_bytes(self, kind: str, context: int) -> int:
         """Process, activations (some 24 float32 rows of the embedding's width per token) and logits (4 rows per sequence)."""
@@ -228,23 +245,23 @@ class _Shape:
         """None when not even one context fits."""
         workspace = self.workspace_bytes(place.kind, context)
         groups = self.groups(context)
-        blocks, block_bytes = self.context_blocks(context, groups), self.block_bytes(groups)
+        blocks, nbytes = self.context_blocks(context, groups), self.context_bytes(context)
         left = place.free - self.weights[place.kind] - workspace
-        if blocks * block_bytes > left:
+        if nbytes > left:
             return None
         wanted = self.settings.num_parallel or MAX_CONTEXTS[place.kind]
-        fitting = int(left * KV_SHARE[place.kind]) // (blocks * block_bytes) if block_bytes else wanted
+        fitting = int(left * KV_SHARE[place.kind]) // nbytes if nbytes else wanted
         count = max(1, min(wanted, fitting))
         notes = (
             [f"OLLAMA_NUM_PARALLEL={wanted} does not fit: KV room for {count} contexts"]
             if (self.settings.num_parallel and count < wanted)
             else []
         )
-        model_path, adapter_paths = self.paths
         batch_tokens = self.batch_tokens(context)
         made = Plan(
-            model_path=model_path,
-            adapter_paths=adapter_paths,
+            model_path=self.model_path,
+            draft_path=self.draft.path if self.draft is not None else "",
+            num_draft_blocks=count * -(-context // BLOCK_SIZE) if self.draft is not None else 0,
             device=place.device,
             kv_dtype=self.kv_dtype,
             block_size=BLOCK_SIZE,
@@ -256,7 +273,7 @@ class _Shape:
             kernels=self.settings.kernels,
             groups=groups,
         )
-        return Placement(made, self.weights[place.kind], count * blocks * block_bytes, workspace, tuple(notes))
+        return Placement(made, self.weights[place.kind], count * nbytes, workspace, tuple(notes))
 
 
 def _gpu_places(devices: Devices, settings: Settings, options: RunnerOptions) -> list[_Place]:

@@ -33,10 +33,12 @@ class ModelLike(Protocol):
     def model_path(self) -> Path | None: ...
     @property
     def adapter_paths(self) -> Sequence[Path]: ...
+    @property
+    def draft_path(self) -> Path | None: ...
 
 
 M = TypeVar("M", bound=ModelLike)
-Key = tuple[str, tuple[str, ...]]  # weights and adapters: names with the same ones share an engine
+Key = tuple[str, str]  # paths of the weights and of the draft model: names with the same ones share an engine
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from ollamapy.errors import EngineError, NotFound, ServerBusy
 from ollamapy.lifecycle import placement
 from ollamapy.lifecycle.breaker import Breaker
 from ollamapy.lifecycle.devices import Devices, wait_for_gpu_memory
-from ollamapy.lifecycle.files import ModelFile, ModelFiles
+from ollamapy.lifecycle.files import ModelFile, ModelFiles, placed_beside
 from ollamapy.lifecycle.placement import DoesNotFit, Placement, RunnerOptions
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.resident import Key, LoadedModel, M, ModelLike, Resident, Running
@@ -240,8 +240,11 @@ class Residents:
             await self._evict(devices)
 
     async def _plan(self, key: Key, file: ModelFile, devices: Devices, wanted: RunnerOptions) -> Placement:
-        weights = placement.weight_bytes(file.tensors, (await self._spawner.ready()).packed_on, self._settings)
-        return placement.plan(file.config, weights, devices, self._settings, wanted, *key)
+        packed_on = (await self._spawner.ready()).packed_on
+        weights = placement.weight_bytes(file.tensors, packed_on, self._settings)
+        path, draft_path = key
+        draft = await asyncio.to_thread(placed_beside, draft_path, packed_on, self._settings) if draft_path else None
+        return placement.plan(file.config, weights, devices, self._settings, wanted, path, draft)
 
     # --- ending ---
 
@@ -296,4 +299,4 @@ class Residents:
 
 
 def _key(model: ModelLike) -> Key:
-    return str(model.model_path), tuple(str(path) for path in model.adapter_paths)
+    return str(model.model_path), str(model.draft_path or "")

@@ -15,12 +15,13 @@ from ollamapy import ops
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.grammar import Vocabulary
 from ollamapy.engine.protocol import Plan
-from ollamapy.errors import NotSupported
+from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.gguf.types import GGMLType
 from ollamapy.lifecycle.devices import physical_cores
 from ollamapy.lifecycle.loop import Loop, Progress
+from ollamapy.models.decoder import Decoder
 from ollamapy.models.load import load_model
 from ollamapy.tokenizer import Tokenizer
 
@@ -28,18 +29,42 @@ log = logging.getLogger(__name__)
 
 
 def build_engine(plan: Plan, progress: Progress) -> Engine:
-    """Loads the model. Raises GGUFError, UnsupportedModel, NotSupported for adapters, MemoryError and what torch raises."""
-    if plan.adapter_paths:
-        raise NotSupported("adapters (LoRA) are not supported yet")
+    """Loads the model, and its draft model. Raises GGUFError, UnsupportedModel, MemoryError and what torch raises."""
     threads = plan.num_threads or physical_cores()
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     log.info("loading %s on %s with %d threads", Path(plan.model_path).name, plan.device, threads)
-    with GGUFFile.open(plan.model_path) as file:
-        device = torch.device(plan.device)
-        model = load_model(file, device, progress, context_length=plan.context_length, kernels=plan.kernels)
+    model = _load(plan.model_path, plan, progress)
+    kernels = ops.chosen()
+    draft = None
+    if plan.draft_path:
+        check_vocabularies(plan.model_path, plan.draft_path)
+        draft = _load(plan.draft_path, plan, progress)
+        differing = [op for op in _SHARED_OPS if ops.chosen()[op] != kernels[op]]
+        if differing:
+            raise UnsupportedModel(f"the draft model needs other kernels than the model it drafts for: {', '.join(differing)}")
     ops.set_threads(threads)
-    return Engine(model, plan, ops.chosen(), read_vocabulary=lambda: read_vocabulary(plan.model_path))
+    return Engine(model, plan, kernels, read_vocabulary=lambda: read_vocabulary(plan.model_path), draft_model=draft)
+
+
+_SHARED_OPS = ("attention", "write_kv", "new_cache")  # one choice serves all models of a process
+
+
+def _load(path: str, plan: Plan, progress: Progress) -> Decoder:
+    with GGUFFile.open(path) as file:
+        device = torch.device(plan.device)
+        return load_model(file, device, progress, context_length=plan.context_length, kernels=plan.kernels)
+
+
+def check_vocabularies(path: str, draft_path: str) -> None:
+    """Raises UnsupportedModel when a draft model's tokens are not those of the model that it drafts for."""
+    with GGUFFile.open(path) as file, GGUFFile.open(draft_path) as draft:
+        own, other = (list(each.metadata.get("tokenizer.ggml.tokens", [])) for each in (file, draft))
+    if len(own) != len(other):
+        raise UnsupportedModel(f"the draft model has {len(other)} tokens and the model {len(own)}: they must be the same")
+    for token_id, (token, drafted) in enumerate(zip(own, other, strict=True)):
+        if token != drafted:
+            raise UnsupportedModel(f"token {token_id} of the draft model is {drafted!r} and of the model {token!r}")
 
 
 def read_vocabulary(path: str) -> Vocabulary:

@@ -62,6 +62,7 @@ class FakeModel:
     digest: str
     model_path: Path | None
     adapter_paths: tuple[Path, ...] = ()
+    draft_path: Path | None = None
 
 
 def fake_model(folder: Path, name: str, **faults: Any) -> FakeModel:

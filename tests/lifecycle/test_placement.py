@@ -41,15 +41,17 @@ def gpus(*sizes: tuple[float, float], free: float = 64) -> Devices:
     return Devices(8, 64 * GIB, int(free * GIB), cards)
 
 
-def place(devices: Devices, weights: float = 5, options: dict[str, object] | None = None, **settings: Any) -> Placement:
+def place(
+    devices: Devices, weights: float = 5, options: dict[str, object] | None = None, draft: Beside | None = None, **settings: Any
+) -> Placement:
     wanted, size = RunnerOptions.of(options or {}), int(weights * GIB)
-    return plan(config(), {"cpu": size, "cuda": size}, devices, Settings(**settings), wanted, "m.gguf", ("a.gguf",))
+    return plan(config(), {"cpu": size, "cuda": size}, devices, Settings(**settings), wanted, "m.gguf", draft)
 
 
 def test_a_cpu_plan() -> None:
     placed = place(cpu(32))
     made = placed.plan
-    assert (made.model_path, made.adapter_paths, made.device, made.num_threads) == ("m.gguf", ("a.gguf",), "cpu", 4)
+    assert (made.model_path, made.draft_path, made.device, made.num_threads) == ("m.gguf", "", "cpu", 4)
     assert (made.context_length, made.kv_dtype, made.block_size, made.max_batch_tokens) == (4096, "f16", 16, 512)
     assert made.num_blocks == 8 * 4096 // 16, "8 contexts of 0.5 GiB are less than half of what is left"
     assert placed.kv_bytes == 4 * GIB
