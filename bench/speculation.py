@@ -92,7 +92,8 @@ def main() -> None:
 def compare(title: str, batch: int, models: tuple[Decoder, Decoder | None], prompts: list[list[int]], options: Any) -> None:
     """Prompts come from the prefix cache: what is timed is decoding, with `batch` sequences at a time."""
     modes = ("off", "auto") if models[1] is None else ("off", "ngram", "draft", "auto")
-    engine = Engine(models[0], Plan("", num_blocks=2048, context_length=1024, max_num_seqs=batch), draft_model=models[1])
+    plan = Plan("", num_blocks=2048, num_draft_blocks=2048, context_length=1024, max_num_seqs=batch)
+    engine = Engine(models[0], plan, draft_model=models[1])
     answers = generate(engine, prompts, options.tokens, "off")[1]
     best = dict.fromkeys(modes, float("inf"))
     guesses: dict[str, str] = {}

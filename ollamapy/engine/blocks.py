@@ -89,7 +89,7 @@ class BlockManager:
         total = 0
         for group, window in enumerate(self.windows):
             table: ListLike[int] = tables[group] if tables else ()
-            missing = self.blocks_for(len(seq.token_ids)) - len(table)
+            missing = max(self.blocks_for(len(seq.token_ids)) - len(table), 0)  # a draft may have more
             if window:
                 live = len(table) - _num_gone(table)
                 missing = min(missing, max(most_blocks(window, self.block_size, self._step_tokens) - live, 0))

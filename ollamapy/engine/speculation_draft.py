@@ -27,8 +27,9 @@ class DraftModel:
     """Guesses for some sequences together. `round_seconds`: what one more token of each costs, 0 until that was measured."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
-        self.runner = ModelRunner(model, msgspec.structs.replace(plan, groups=()))  # those are the main model's layers
-        self.blocks = BlockManager(plan.num_blocks, plan.block_size, plan.prefix_cache)
+        own = msgspec.structs.replace(plan, num_blocks=plan.num_draft_blocks, groups=())  # those are the main model's layers
+        self.runner = ModelRunner(model, own)
+        self.blocks = BlockManager(own.num_blocks, own.block_size, own.prefix_cache)
         self.round_seconds = 0.0
         self._budget = max(plan.max_batch_tokens, plan.max_num_seqs)
         self._vocab_size = model.config.vocab_size

@@ -6,16 +6,13 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollamapy.env import Settings
-from ollamapy.errors import NotFound
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile, TensorInfo
-from ollamapy.lifecycle.placement import Beside, weight_bytes
 from ollamapy.models.config import ModelConfig
 from ollamapy.tokenizer import Tokenizer
 
@@ -72,17 +69,6 @@ class ModelFiles:
 
         tokenizer.add_done_callback(forget_a_failure)
         return ModelFile(config, kept, tensors, tokenizer)
-
-
-def placed_beside(path: str, packed_on: Sequence[str], settings: Settings) -> Beside:
-    """What placement needs of a draft model. Raises NotFound, GGUFError, UnsupportedModel."""
-    try:
-        opened = GGUFFile.open(path)
-    except FileNotFoundError:
-        raise NotFound("the draft model's file is not there, try pulling the model again") from None
-    with opened:
-        metadata, tensors = normalise(opened.metadata, opened.tensors)
-        return Beside(path, ModelConfig.from_gguf(metadata), weight_bytes(tensors, packed_on, settings))
 
 
 def _build_tokenizer(file: GGUFFile, metadata: Mapping[str, Any]) -> Tokenizer:

@@ -5,19 +5,18 @@ The rules are Ollama's where it has some; the figures at the top are ours.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ollamapy.api.options import Options
 from ollamapy.engine.groups import blocks_of, group_size, layer_groups
 from ollamapy.engine.protocol import LayerGroup, Plan
 from ollamapy.env import Settings
 from ollamapy.errors import EngineError
-from ollamapy.gguf.reader import TensorInfo
 from ollamapy.lifecycle.devices import GPU, Devices
+from ollamapy.lifecycle.sizes import Beside
 from ollamapy.models.config import ModelConfig
 
 GIB = 1 << 30
@@ -38,14 +37,6 @@ _KV_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 class DoesNotFit(EngineError):
     """Not even one context fits; it may once other models are unloaded."""
-
-
-class Beside(NamedTuple):
-    """A draft model that goes where the model goes; `weights` as in `plan`."""
-
-    path: str
-    config: ModelConfig
-    weights: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +106,7 @@ def plan(
 ) -> Placement:
     """The best GPU that holds the model with one full context, else the CPU, with as much KV room as is sensible.
 
-    `weights`: device kind -> bytes, see `weight_bytes`.
+    `weights`: device kind -> bytes, see `sizes.weight_bytes`.
 
     A context that nobody asked for is lowered until it fits; one that was asked for is an error when it does not.
     Raises DoesNotFit, and EngineError when a device is forced that is not there.
@@ -173,25 +164,6 @@ def kv_type(name: str) -> tuple[Literal["f16", "bf16", "f32"], list[str]]:
 
 def wants_cpu(devices: Devices, settings: Settings, options: RunnerOptions) -> bool:
     return options.num_gpu == 0 or settings.device == "cpu" or (not devices.gpus and not _must_be_gpu(settings))
-
-
-def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], settings: Settings) -> dict[str, int]:
-    """Device kind -> bytes that the weights take there once loaded.
-
-    Kernels named in `packed_on` keep matrices as the file has them; the reference makes them float32. The embedding stays
-    as it is, and is a matrix too where there is no `output.weight`: the CPU's kernels then hold it once.
-    """
-    embedding = tensors.get("token_embd.weight")
-    matrices = [tensor for name, tensor in tensors.items() if name != "token_embd.weight"]
-    if embedding is not None and "output.weight" not in tensors:
-        matrices.append(embedding)
-    rows = embedding.nbytes if embedding is not None else 0
-    tied = rows if "output.weight" not in tensors else 0
-    dense = rows + sum(4 * math.prod(tensor.shape) for tensor in matrices)
-    packs = () if settings.kernels == "reference" else packed_on
-    packed = rows + sum(tensor.nbytes for tensor in matrices)
-    once = {"cpu": tied, "cuda": 0}
-    return {kind: packed - once[kind] if kind in packs else dense for kind in ("cpu", "cuda")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,3 +181,11 @@ class Resident:
             notes=self.placement.notes,
             engine=self.engine,
         )
+
+
+class Load:
+    """A load under way and how many requests wait for it. When it is done, each of them has been added as a user."""
+
+    def __init__(self) -> None:
+        self.waiters = 0
+        self.task: asyncio.Task[Resident]

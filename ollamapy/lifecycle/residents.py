@@ -12,18 +12,20 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ollamapy.api.options import Options
 from ollamapy.env import Settings
-from ollamapy.errors import EngineError, NotFound, ServerBusy
+from ollamapy.errors import EngineError, NotFound, NotSupported, ServerBusy
 from ollamapy.lifecycle import placement
 from ollamapy.lifecycle.breaker import Breaker
 from ollamapy.lifecycle.devices import Devices, wait_for_gpu_memory
-from ollamapy.lifecycle.files import ModelFile, ModelFiles, placed_beside
+from ollamapy.lifecycle.files import ModelFile, ModelFiles
 from ollamapy.lifecycle.placement import DoesNotFit, Placement, RunnerOptions
 from ollamapy.lifecycle.process import EngineProcess
-from ollamapy.lifecycle.resident import Key, LoadedModel, M, ModelLike, Resident, Running
+from ollamapy.lifecycle.resident import Key, Load, LoadedModel, M, ModelLike, Resident, Running
+from ollamapy.lifecycle.sizes import read_beside, weight_bytes
 from ollamapy.lifecycle.spawner import Spawner
 
 log = logging.getLogger(__name__)
@@ -31,14 +33,6 @@ log = logging.getLogger(__name__)
 DRAIN = 10.0  # seconds that requests get to end when their model is stopped
 QUEUE_FULL = "server busy, please try again.  maximum pending requests exceeded"
 MODELS_PER_DEVICE = 3
-
-
-class _Load:
-    """A load under way and how many requests wait for it. When it is done, each of them has been added as a user."""
-
-    def __init__(self) -> None:
-        self.waiters = 0
-        self.task: asyncio.Task[Resident]
 
 
 class Residents:
@@ -52,7 +46,7 @@ class Residents:
         self._spawner = spawner or Spawner()
         self._files = ModelFiles()
         self._residents: dict[Key, Resident] = {}
-        self._loads: dict[Key, _Load] = {}
+        self._loads: dict[Key, Load] = {}
         self._waiting: Counter[Key] = Counter()
         self._one_load = asyncio.Lock()  # fair: first come, first served
         self._breaker = Breaker(time.monotonic)
@@ -74,6 +68,8 @@ class Residents:
         Raises ServerBusy when too many wait, NotFound when the weights are gone, and what a load raises.
         """
         start = time.monotonic_ns()
+        if model.adapter_paths:
+            raise NotSupported("adapters (LoRA) are not supported yet")
         resident = await self._get(model, RunnerOptions.of(options))
         try:
             resident.set_keep_alive(keep_alive)
@@ -147,7 +143,7 @@ class Residents:
         """Waits for the load of `key`, which it begins if none is under way. The caller is then a user of the resident."""
         load = self._loads.get(key)
         if load is None:
-            load = self._loads[key] = _Load()
+            load = self._loads[key] = Load()
             load.task = self._spawn_task(self._load(load, key, model, wanted))
         load.waiters += 1
         try:
@@ -173,7 +169,7 @@ class Residents:
 
     # --- loading ---
 
-    async def _load(self, load: _Load, key: Key, model: ModelLike, wanted: RunnerOptions) -> Resident:
+    async def _load(self, load: Load, key: Key, model: ModelLike, wanted: RunnerOptions) -> Resident:
         try:
             async with self._one_load:
                 resident = await self._loaded(key, model, wanted)
@@ -241,10 +237,9 @@ class Residents:
 
     async def _plan(self, key: Key, file: ModelFile, devices: Devices, wanted: RunnerOptions) -> Placement:
         packed_on = (await self._spawner.ready()).packed_on
-        weights = placement.weight_bytes(file.tensors, packed_on, self._settings)
-        path, draft_path = key
-        draft = await asyncio.to_thread(placed_beside, draft_path, packed_on, self._settings) if draft_path else None
-        return placement.plan(file.config, weights, devices, self._settings, wanted, path, draft)
+        weights = weight_bytes(file.tensors, packed_on, self._settings)
+        draft = await asyncio.to_thread(read_beside, Path(key[1]), packed_on, self._settings) if key[1] else None
+        return placement.plan(file.config, weights, devices, self._settings, wanted, key[0], draft)
 
     # --- ending ---
 

@@ -142,10 +142,10 @@ class Answer:
 class Run:
     """An engine whose books are checked after each step, and its answers by request id."""
 
-    def __init__(self, model: FakeModel | None = None, **plan: object) -> None:
+    def __init__(self, model: FakeModel | None = None, draft: FakeModel | None = None, **plan: object) -> None:
         settings: dict[str, object] = {"kv_dtype": "f32", "block_size": 4, "num_blocks": 64, "context_length": 128, **plan}
         self.model = model or FakeModel()
-        self.engine = Engine(self.model, Plan("fake.gguf", **settings))  # type: ignore[arg-type]
+        self.engine = Engine(self.model, Plan("fake.gguf", **settings), draft_model=draft)  # type: ignore[arg-type]
         self.answers: dict[int, Answer] = {}
 
     def add(self, request_id: int, token_ids: list[int], **params: object) -> None:

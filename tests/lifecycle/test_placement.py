@@ -15,7 +15,8 @@ from ollamapy.gguf.reader import TensorInfo
 from ollamapy.gguf.types import GGMLType
 from ollamapy.lifecycle import devices as devices_module
 from ollamapy.lifecycle.devices import GPU, Devices, _memory_limits, physical_cores, visible_gpus
-from ollamapy.lifecycle.placement import BASE_BYTES, DoesNotFit, Placement, RunnerOptions, plan, weight_bytes
+from ollamapy.lifecycle.placement import BASE_BYTES, DoesNotFit, Placement, RunnerOptions, plan
+from ollamapy.lifecycle.sizes import Beside, weight_bytes
 from ollamapy.models.config import ModelConfig
 
 GIB = 1 << 30
@@ -57,6 +58,17 @@ def test_a_cpu_plan() -> None:
     assert placed.kv_bytes == 4 * GIB
     assert placed.notes == () and not placed.spilled
     assert placed.total_bytes < 10 * GIB
+
+
+def test_a_draft_model_takes_its_share() -> None:
+    """As large as the model itself: weights and a pool of blocks of its own."""
+    draft = Beside("d.gguf", config(), {"cpu": 2 * GIB, "cuda": 2 * GIB})
+    alone, placed = place(cpu(32)), place(cpu(32), draft=draft)
+    assert (placed.plan.draft_path, placed.plan.num_draft_blocks) == ("d.gguf", placed.plan.num_blocks)
+    assert placed.weight_bytes == 7 * GIB and placed.kv_bytes == 2 * alone.kv_bytes
+    assert place(cpu(10)).plan.context_length == 4096
+    with pytest.raises(DoesNotFit):
+        place(cpu(7.5), draft=draft)
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def test_concurrent_uses_load_once_and_two_names_share_an_engine(tmp_path: Path)
         assert len(loads(trace)) == 1
         async with residents.use(other, {}) as loaded:
             assert loaded.model is other
-        adapted = FakeModel(model.name, model.digest, model.model_path, (tmp_path / "adapter",))
-        assert await hold(residents, adapted) not in pids
+        drafted = FakeModel(model.name, model.digest, model.model_path, draft_path=model.model_path)
+        assert await hold(residents, drafted) not in pids
 
     run(check)
 

@@ -59,7 +59,7 @@ def test_cold_start_answer_crash_and_answer_again(smollm2_path: Path, tmp_path: 
             assert loaded.engine.info.weight_bytes > 50 << 20
             assert loaded.engine.info.kernels
             assert (
-                abs(residents._residents[(str(smollm2_path), ())].placement.weight_bytes / loaded.engine.info.weight_bytes - 1)
+                abs(residents._residents[(str(smollm2_path), "")].placement.weight_bytes / loaded.engine.info.weight_bytes - 1)
                 < 0.2
             )
         os.kill(pid, signal.SIGKILL)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ollama
 import pytest
 
+from tests.lifecycle.fakes import write_model
 from tests.server.daemon import Daemon
 
 PROMPT = "Repeat this line ten times: the cat sat on the mat.\n" + "the cat sat on the mat.\n" * 3
@@ -25,3 +28,26 @@ def test_an_unknown_way_is_refused(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError, match="must be one of auto, ngram, draft, off") as caught:
         client.generate("smollm2", "x", options={"speculation": "sometimes"})
     assert caught.value.status_code == 400
+
+
+def test_a_draft_model(daemon: Daemon, client: ollama.Client, smollm2_path: Path, tmp_path: Path) -> None:
+    """SmolLM2 drafts for itself, so nearly all it says comes true; a draft model of other tokens is a 400 that says so."""
+    digest = client.create_blob(smollm2_path)
+    made = daemon.post(
+        "/api/create", {"model": "drafted", "from": "smollm2", "draft_files": {"d.gguf": digest}, "stream": False}
+    )
+    assert made.status_code == 200, made.text
+    asked = {"prompt": "The capital of France", "raw": True, "stream": False}
+    for options in ({"temperature": 0.0, "num_predict": 40}, {"temperature": 1.0, "seed": 3, "num_predict": 40}):
+        plain = daemon.post("/api/generate", {**asked, "model": "smollm2", "options": {**options, "speculation": "off"}}).json()
+        drafted = daemon.post(
+            "/api/generate", {**asked, "model": "drafted", "options": {**options, "speculation": "draft"}}
+        ).json()
+        assert drafted["response"] == plain["response"]
+        assert drafted.get("draft_accepted_count", 0) == drafted.get("draft_count", 0)
+    other = client.create_blob(write_model(tmp_path / "other.gguf"))
+    daemon.post("/api/create", {"model": "misfit", "from": "smollm2", "draft_files": {"d.gguf": other}, "stream": False})
+    refused = daemon.post("/api/generate", {**asked, "model": "misfit"})
+    assert refused.status_code == 400 and "tokens and the model 49152" in refused.json()["error"], refused.text
+    for name in ("drafted", "misfit"):
+        daemon.post("/api/generate", {"model": name, "keep_alive": 0})
