@@ -23,17 +23,21 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("unpack_weight(Tensor tiles, int type, int n, int k) -> Tensor");
   // x (m, k) float32 times a packed (n, k) weight -> (m, n) float32. Quantized weights take x as int8 per 32.
   m.def("linear(Tensor x, Tensor tiles, int type, int n, Tensor? bias) -> Tensor");
+  // The same for quantized weights, with x as the sum of so many int8 rows: with 3 to the precision of float32.
+  m.def("linear_precise(Tensor x, Tensor tiles, int type, int n, Tensor? bias, int planes) -> Tensor");
   // x (rows, n) float32 / sqrt(mean of its squares + eps) * weight (n,) -> (rows, n)
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   // Paged KV caches are key (blocks, kv heads, key_length, 16) and value (blocks, kv heads, 16, value_length): float16, bfloat16 or
-  // float32, blocks of 16 tokens. slots (tokens,) int64: block * 16 + offset.
+  // float32, blocks of 16 tokens; or q8_0 as uint8, both (blocks, kv heads, length / 32, 544): see cpu/decoder.h.
+  // slots (tokens,) int64: block * 16 + offset.
   m.def("write_kv(Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, Tensor slots) -> ()");
   // q (tokens, heads * key_length) float32; block_table (S, B), query_start (S + 1), seq_lens (S) int32 -> (tokens, heads * value_length).
   m.def("attention(Tensor q, Tensor key, Tensor value, Tensor block_table, Tensor query_start, Tensor seq_lens, int heads, float scale, "
         "float softcap, int window, bool causal, Tensor? sinks) -> Tensor");
-  // A decoder layer for `decoder`. Lists in the order of csrc/cpu/decoder.cpp's enums Part, Vector and Fact; empty tensors are absent.
-  m.def("layer_new(Tensor[] tiles, int[] types, int[] rows, int[] columns, Tensor[] biases, Tensor[] vectors, int[] facts, float scale, "
-        "float softcap, float eps) -> int");
+  // A decoder layer for `decoder`. Lists in the order of csrc/cpu/layers.cpp's enums Part, Vector, Fact and Number; empty tensors are
+  // absent. The tiles of experts are (experts, tiles, bytes).
+  m.def("layer_new(Tensor[] tiles, int[] types, int[] rows, int[] columns, Tensor[] biases, Tensor[] vectors, int[] facts, float[] numbers) "
+        "-> int");
   m.def("layer_free(int layer) -> ()");
   // hidden (tokens, length) float32 through the layers, in place. ropes: (positions, n_rot), cosines then sines. Layer i writes to
   // slots[groups[i]] and reads by block_tables[groups[i]].

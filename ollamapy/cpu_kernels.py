@@ -8,7 +8,7 @@ types without a kernel of their own are decoded to float16.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,13 @@ from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
-from ollamapy.reference import Activation, Routing, gated_activation, route
+from ollamapy.reference import Activation, Routing
+from ollamapy.reference import moe as reference_moe
 
 BLOCK_TOKENS = 16  # tokens of a KV block: the lanes of a score
 MAX_HEAD = 256
+PLANES = 3  # int8 rows that hold a float32 one: each gains 8 bits
+Q8_GROUP_BYTES = 544  # 32 components of 16 tokens in q8_0
 PACKED = frozenset(
     GGMLType[name]
     for name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()  # noqa: SIM905
@@ -47,25 +50,40 @@ def set_threads(count: int) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A weight (rows, columns), or one of each expert, in tiles: data (T, bytes) or (X, T, bytes) uint8."""
+    """A weight (rows, columns), or one of each expert, in tiles: data (T, bytes) or (X, T, bytes) uint8.
+
+    planes: into how many int8 rows activations are taken apart; float weights take them as they are.
+    """
 
     data: Tensor
     type: GGMLType
     rows: int
     columns: int
+    planes: int = 1
 
     def expert(self, index: int) -> Packed:
-        return Packed(self.data[index], self.type, self.rows, self.columns)
+        return replace(self, data=self.data[index])
 
 
 def prepare_linear(weight: QuantTensor, device: torch.device) -> Packed:
+    return _pack(weight, GGMLType.F16, 1)
+
+
+def prepare_precise(weight: QuantTensor, device: torch.device) -> Packed:
+    """For activations that keep the precision of float32."""
+    return _pack(weight, GGMLType.F32, PLANES)
+
+
+def _pack(weight: QuantTensor, otherwise: GGMLType, planes: int) -> Packed:
+    """A type without a kernel of its own becomes `otherwise`, a float type."""
     if weight.type not in PACKED:
-        halves = weight.dequantize().to(torch.float16)
-        weight = QuantTensor(halves.view(torch.uint8), GGMLType.F16, weight.shape)
+        values = weight.dequantize().to(torch.float16 if otherwise is GGMLType.F16 else torch.float32)
+        weight = QuantTensor(values.view(torch.uint8), otherwise, weight.shape)
     rows, columns = weight.shape[-2:]
     parts = weight.data.reshape(-1, rows, weight.data.shape[-1])
     tiles = [kernels().pack_weight(part.contiguous(), int(weight.type), columns) for part in parts]
-    return Packed(tiles[0] if len(weight.shape) == 2 else torch.stack(tiles), weight.type, rows, columns)
+    data = tiles[0] if len(weight.shape) == 2 else torch.stack(tiles)
+    return Packed(data, weight.type, rows, columns, 1 if weight.type in _DENSE else planes)
 
 
 def embedding(token_ids: Tensor, weight: Packed) -> Tensor:
@@ -76,25 +94,21 @@ def embedding(token_ids: Tensor, weight: Packed) -> Tensor:
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """(n, K) x (N, K) + (N) -> (n, N)."""
-    out: Tensor = kernels().linear(x.contiguous(), weight.data, int(weight.type), weight.rows, bias)
+    arguments = x.contiguous(), weight.data, int(weight.type), weight.rows, bias
+    library = kernels()
+    out: Tensor = library.linear(*arguments) if weight.planes == 1 else library.linear_precise(*arguments, weight.planes)
+    return out
+
+
+def embedding_rows(token_ids: Tensor, weight: QuantTensor) -> Tensor:
+    """(n,) int64 -> (n, E) float32: rows of a weight as the file has them."""
+    out: Tensor = kernels().embedding_rows(weight.data, int(weight.type), token_ids)
     return out
 
 
 def moe(x: Tensor, logits: Tensor, experts: tuple[Packed, Packed, Packed], routing: Routing, kind: Activation) -> Tensor:
-    """See `reference.moe`: each expert's rows go through its three matrices together."""
-    gate, up, down = experts
-    ids, weights = route(logits, routing)
-    parts = x.new_empty(*ids.shape, x.shape[-1])  # each expert's answer in its own place: the sum has one order
-    for expert in sorted(set(ids.flatten().tolist())):
-        token, place = (ids == expert).nonzero(as_tuple=True)
-        rows = x[token]
-        inner = gated_activation(linear(rows, gate.expert(expert)), linear(rows, up.expert(expert)), kind)
-        parts[token, place] = linear(inner, down.expert(expert))
-    parts.mul_(weights.unsqueeze(-1))
-    total = parts[:, 0].clone()
-    for place in range(1, routing.used):
-        total += parts[:, place]
-    return total
+    """See `reference.moe`."""
+    return reference_moe(x, logits, experts, routing, kind, lambda rows, packed, expert: linear(rows, packed.expert(expert)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -109,13 +123,18 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """key (num_blocks, Hkv, D, 16), value (num_blocks, Hkv, 16, Dv). Zeros: stale memory must hold no NaN."""
+    """key (num_blocks, Hkv, D, 16), value (num_blocks, Hkv, 16, Dv). Zeros: stale memory must hold no NaN.
+
+    dtype uint8 stands for q8_0: both are (num_blocks, Hkv, length / 32, 544): 32 components and the scales of 16 tokens.
+    """
     if block_size != BLOCK_TOKENS:
         raise UnsupportedModel(f"the CPU kernels have KV blocks of {BLOCK_TOKENS} tokens, not {block_size}")
-    return KVCache(
-        key=_zeros((num_blocks, state.num_kv_heads, state.key_length, BLOCK_TOKENS), dtype),
-        value=_zeros((num_blocks, state.num_kv_heads, BLOCK_TOKENS, state.value_length), dtype),
-    )
+    heads = num_blocks, state.num_kv_heads
+    if dtype is torch.uint8:
+        key, value = ((*heads, length // 32, Q8_GROUP_BYTES) for length in (state.key_length, state.value_length))
+    else:
+        key, value = (*heads, state.key_length, BLOCK_TOKENS), (*heads, BLOCK_TOKENS, state.value_length)
+    return KVCache(_zeros(key, dtype), _zeros(value, dtype))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -156,7 +175,8 @@ def attention(
 class DecoderLayer:
     """A pre-norm decoder layer with gated feed-forward, as `Stack` takes it.
 
-    weights and biases: q (alone: the rows of q, k and v), k, v, o, gate (alone: the rows of gate and up), up, down.
+    weights and biases: q (alone: the rows of q, k and v), k, v, o, gate (alone: the rows of gate and up), up, down. With
+    `routing`, gate, up and down are those of all experts, and router has a row for each.
     vectors: attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm, k_norm, sinks; what a model does not have is left out.
     """
 
@@ -174,12 +194,13 @@ class DecoderLayer:
     activation: Activation
     temper: bool
     eps: float
+    routing: Routing | None = None
 
 
 def misfit(layer: DecoderLayer) -> str:
     """Why `Stack` cannot take a layer, "" when it can."""
     for part, weight in layer.weights.items():
-        if weight.rows % 16 or weight.columns % 16:
+        if (weight.rows % 16 and part != "router") or weight.columns % 16:
             return f"{part} is {weight.rows} x {weight.columns}, not of multiples of 16"
     for inputs in (("q", "k", "v"), ("gate", "up")):
         if len({layer.weights[part].type in _DENSE for part in inputs if part in layer.weights}) > 1:
@@ -188,8 +209,17 @@ def misfit(layer: DecoderLayer) -> str:
 
 
 _DENSE = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-_PARTS = ("q", "k", "v", "o", "gate", "up", "down")
+_PARTS = ("q", "k", "v", "o", "gate", "up", "down", "router")
+_GATINGS = ("softmax", "sigmoid", "softmax_selected")
 _VECTORS = ("attn_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm", "q_norm", "k_norm", "sinks")
+
+
+def _routing_facts(layer: DecoderLayer) -> tuple[int, int, int, int]:
+    """Experts, those used, gating, renormalize."""
+    routing = layer.routing
+    if routing is None:
+        return 0, 0, 0, 0
+    return layer.weights["router"].rows, routing.used, _GATINGS.index(routing.gating), int(routing.renormalize)
 
 
 class Stack:
@@ -206,7 +236,10 @@ class Stack:
             *(layer.num_heads, state.num_kv_heads, state.key_length, state.value_length, state.window, int(layer.causal)),
             *(layer.rope_dims, 2 if layer.rope_interleaved else 1, layer.rope_index),
             *(int(layer.activation == "gelu_tanh"), int(layer.temper)),
+            *_routing_facts(layer),
+            max(weight.planes for weight in weights if weight),
         ]
+        scaled = layer.routing is not None and layer.routing.gating != "softmax_selected" and layer.routing.scale
         handle: int = self._library.layer_new(
             [weight.data if weight else _NO_TILES for weight in weights],
             [int(weight.type) if weight else 0 for weight in weights],
@@ -215,7 +248,7 @@ class Stack:
             [layer.biases.get(part, _ABSENT) for part in _PARTS],
             [layer.vectors.get(vector, _ABSENT) for vector in _VECTORS],
             facts,
-            *(layer.scale, layer.softcap, layer.eps),
+            [layer.scale, layer.softcap, layer.eps, scaled or 1.0],
         )
         return handle
 

@@ -80,7 +80,9 @@ class Settings:
     num_parallel: int = _variable("OLLAMA_NUM_PARALLEL", _count, 0, "Full contexts a model has KV room for (0: by memory)")
     max_queue: int = _variable("OLLAMA_MAX_QUEUE", _count, 512, "Requests that may wait, per model")
     context_length: int = _variable("OLLAMA_CONTEXT_LENGTH", _count, 0, "Default context length (0: by memory)")
-    kv_cache_type: str = _variable("OLLAMA_KV_CACHE_TYPE", str, "", "Type of the KV cache: f16, bf16 or f32 (default f16)")
+    kv_cache_type: str = _variable(
+        "OLLAMA_KV_CACHE_TYPE", str, "", "Type of the KV cache: f16, q8_0, bf16 or f32 (default f16)"
+    )
     flash_attention: str = _variable("OLLAMA_FLASH_ATTENTION", str, "", "Accepted; paged attention is always used")
     gpu_overhead: int = _variable("OLLAMA_GPU_OVERHEAD", _count, 0, "Bytes to leave free on each GPU")
     sched_spread: bool = _variable("OLLAMA_SCHED_SPREAD", _boolean, False, "Spread a model over all GPUs")
@@ -95,6 +97,7 @@ class Settings:
     device: str = _variable("OLLAMAPY_DEVICE", str, "", "Force a device: cpu, cuda, cuda:1 (default: the best there is)")
     cuda_visible_devices: str | None = _variable("CUDA_VISIBLE_DEVICES", str, None, "GPUs to use, by number or UUID (-1: none)")
     kernels: str = _variable("OLLAMAPY_KERNELS", str, "", "Force a kernel family: reference, csrc or triton")
+    precise: bool = _variable("OLLAMAPY_PRECISE", _boolean, False, "Keep activations and the KV cache in float32")
     metrics: str = _variable(
         "OLLAMAPY_METRICS", str, "", "Address for Prometheus' /metrics, such as 127.0.0.1:9464 (default: none)"
     )

@@ -26,7 +26,8 @@ class Kernel:
     """One implementation of one op. `needs` returns why it cannot serve a place, "" when it can.
 
     `prepare` brings a weight into the form that `fn` takes; only ops on weights have one. `rows` of a linear kernel is an
-    embedding kernel that reads what it prepared.
+    embedding kernel that reads what it prepared. `precise`: False for a kernel that rounds activations, True for its
+    counterpart that does not, None where both wishes are served.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Kernel:
     needs: Callable[[Place], str]
     prepare: Callable[[QuantTensor, torch.device], Any] | None = None
     rows: Kernel | None = None
+    precise: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

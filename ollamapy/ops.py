@@ -58,26 +58,21 @@ def _heads_fit(place: Place) -> str:
     return _on_cpu(place) or (f"head length {odd[0]} is not a multiple of 16 up to {cpu_kernels.MAX_HEAD}" if odd else "")
 
 
-def _extension_rows(token_ids: Tensor, weight: QuantTensor) -> Tensor:
-    out: Tensor = extension.load().embedding_rows(weight.data, int(weight.type), token_ids)  # type: ignore[union-attr]
-    return out
+def _reads_rows(place: Place) -> str:
+    return _on_cpu(place) or ("" if place.type in cpu_kernels.PACKED else "no decoder for this tensor type")
 
 
-def _extension_decodes(place: Place) -> str:
-    known = place.type in cpu_kernels.PACKED
-    return _on_cpu(place) or ("" if known else "no decoder for this tensor type")
-
-
-def _extension_multiplies(place: Place) -> str:
+def _packable(place: Place) -> str:
     return _on_cpu(place) or _decodable(place)
 
 
-_TILE_ROWS = Kernel("embedding", "csrc", cpu_kernels.embedding, _extension_decodes)
+_TILE_ROWS = Kernel("embedding", "csrc", cpu_kernels.embedding, _reads_rows)
 
 TABLE: tuple[Kernel, ...] = (
-    Kernel("embedding", "csrc", _extension_rows, _extension_decodes, reference.prepare_embedding),
+    Kernel("embedding", "csrc", cpu_kernels.embedding_rows, _reads_rows, reference.prepare_embedding),
     Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
-    Kernel("linear", "csrc", cpu_kernels.linear, _extension_multiplies, cpu_kernels.prepare_linear, _TILE_ROWS),
+    Kernel("linear", "csrc", cpu_kernels.linear, _packable, cpu_kernels.prepare_linear, _TILE_ROWS, precise=False),
+    Kernel("linear", "csrc", cpu_kernels.linear, _packable, cpu_kernels.prepare_precise, _TILE_ROWS, precise=True),
     Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),
     Kernel("moe", "csrc", cpu_kernels.moe, _on_cpu),
     Kernel("moe", "reference", reference.moe, _anywhere),
@@ -109,20 +104,19 @@ TABLE: tuple[Kernel, ...] = (
 _WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
 
 
-def stack(layers: Sequence[DecoderLayer | None]) -> Any | None:
-    """One call for all decoder layers, where the kernels in force have that and every layer fits it; else None."""
-    if _choice.chosen.get("stack") != "csrc":
-        return None
-    reasons = [cpu_kernels.misfit(layer) if layer is not None else "routed experts" for layer in layers]
-    if any(reasons):
-        log.info("layers run op by op (%s)", next(filter(None, reasons)))
-        return None
-    return _fn["stack"](layers)
-
-
 def kernels_for(op: str) -> list[Kernel]:
     """The candidates of an op, best first."""
     return [kernel for kernel in TABLE if kernel.op == op]
+
+
+def stack(layers: Sequence[DecoderLayer]) -> Any | None:
+    """One call for all decoder layers, where the kernels in force have that and every layer fits it; else None."""
+    if _choice.chosen.get("stack") != "csrc":
+        return None
+    if reason := next(filter(None, map(cpu_kernels.misfit, layers)), ""):
+        log.info("layers run op by op (%s)", reason)
+        return None
+    return _fn["stack"](layers)
 
 
 class Choice:
@@ -130,15 +124,15 @@ class Choice:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.family = ""
+        self.family, self.precise = "", False
         self.fn: dict[str, Callable[..., Any]] = {}
         self.chosen: dict[str, str] = {}
         self._logged: set[tuple[str, str]] = set()
 
-    def resolve(self, device: torch.device, family: str, head_lengths: tuple[int, ...]) -> None:
+    def resolve(self, device: torch.device, family: str, head_lengths: tuple[int, ...], precise: bool) -> None:
         if family and family not in FAMILIES:
             raise UnsupportedModel(f'unknown kernel family "{family}" (known: {", ".join(FAMILIES)})')
-        self.device, self.family = device, family
+        self.device, self.family, self.precise = device, family, precise
         self.chosen.clear()
         for op in {kernel.op for kernel in TABLE} - _WEIGHT_OPS:
             kernel = self.pick(op, Place(device, head_lengths=head_lengths))
@@ -147,7 +141,8 @@ class Choice:
 
     def pick(self, op: str, place: Place) -> Kernel:
         """The first candidate that can serve. A forced family goes first, not alone: it need not have every op."""
-        candidates = sorted(kernels_for(op), key=lambda kernel: bool(self.family) and kernel.family != self.family)
+        wanted = [kernel for kernel in kernels_for(op) if kernel.precise in (None, self.precise)]
+        candidates = sorted(wanted, key=lambda kernel: bool(self.family) and kernel.family != self.family)
         refused: list[str] = []
         for kernel in candidates:
             reason = kernel.needs(place)
@@ -168,10 +163,10 @@ _choice = Choice()
 _fn = _choice.fn
 
 
-def choose(device: torch.device, family: str = "", head_lengths: tuple[int, ...] = ()) -> None:
-    """Resolves the table for a device and a model's head lengths; `family` is `Settings.kernels`. Weights that were prepared
-    earlier keep their kernels."""
-    _choice.resolve(device, family, head_lengths)
+def choose(device: torch.device, family: str = "", head_lengths: tuple[int, ...] = (), *, precise: bool = False) -> None:
+    """Resolves the table for a device and a model's head lengths; `family` is `Settings.kernels`, `precise` rules out kernels
+    that round activations. Weights that were prepared earlier keep their kernels."""
+    _choice.resolve(device, family, head_lengths, precise)
 
 
 def set_threads(count: int) -> None:
@@ -192,9 +187,9 @@ def prepare(weight: QuantTensor, device: torch.device, use: Use) -> Weight | Ten
     if use == "dense":
         return reference.prepare_linear(weight, device)
     kernel = _choice.pick(use, Place(device, weight.type))
-    assert kernel.prepare is not None
-    names = _choice.chosen.get(use, "").split(", ") if use in _choice.chosen else []
+    names = [name for name in _choice.chosen.get(use, "").split(", ") if name]
     _choice.chosen[use] = ", ".join(dict.fromkeys([*names, kernel.family]))
+    assert kernel.prepare is not None
     return Weight(kernel.prepare(weight, device), kernel, weight.shape)
 
 
@@ -264,7 +259,7 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
 
 
 def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """A layer's paged cache, zeroed, in the layout of the kernels that will write and read it."""
+    """A layer's paged cache, zeroed, in the layout of the kernels that will write and read it. uint8 stands for q8_0."""
     out: KVCache = _fn["new_cache"](state, num_blocks, block_size, dtype, device)
     return out
 

@@ -14,8 +14,18 @@ inline void check_type(const char* op, const char* name, const Tensor& t, Scalar
   STD_TORCH_CHECK(t.dim() == dims, op, ": ", name, " has ", t.dim(), " dimensions, not ", dims);
 }
 
+inline void check_vector(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t size) {
+  check_type(op, name, t, type, 1);
+  STD_TORCH_CHECK(t.size(0) == size && t.is_contiguous(), op, ": ", name, " is not a contiguous (", size, ")");
+}
+
 inline void check_contiguous_rows(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": the rows of ", name, " are not contiguous");
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
 }
 
 }  // namespace ollamapy

@@ -1,9 +1,6 @@
-// Bindings of paged attention and of whole decoder layers: checks before any pointer is followed, buffers, threads.
+// Bindings of paged attention and of runs through decoder layers: checks before any pointer is followed, buffers, threads.
 #include <algorithm>
-#include <memory>
-#include <mutex>
 #include <optional>
-#include <unordered_map>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +8,7 @@
 
 #include "../common/check.h"
 #include "kernels.h"
+#include "layers.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -19,14 +17,6 @@ namespace {
 
 constexpr int64_t kQueryTile = 32;  // query rows of an attention item: they share the loads of keys and values
 
-template <class T>
-T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-
-void check_vector(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t size) {
-  check_type(op, name, t, type, 1);
-  STD_TORCH_CHECK(t.size(0) == size && t.is_contiguous(), op, ": ", name, " is not a contiguous (", size, ")");
-}
-
 struct Paged {  // a batch over a cache, checked
   Tokens tokens{};
   std::vector<AttendItem> items;
@@ -34,24 +24,28 @@ struct Paged {  // a batch over a cache, checked
 };
 
 Cache checked_cache(const char* op, const Tensor& key, const Tensor& value, const AttentionShape& a, int64_t num_blocks) {
-  check_type(op, "key cache", key, key.scalar_type(), 4);
-  check_type(op, "value cache", value, key.scalar_type(), 4);
-  STD_TORCH_CHECK(key.is_contiguous() && value.is_contiguous(), op, ": the cache is not contiguous");
-  STD_TORCH_CHECK(key.size(0) == num_blocks && key.size(1) == a.kv_heads && key.size(2) == a.key_length && key.size(3) == 16, op,
-                  ": key cache is not (", num_blocks, ", ", a.kv_heads, ", ", a.key_length, ", 16)");
-  STD_TORCH_CHECK(value.size(0) == num_blocks && value.size(1) == a.kv_heads && value.size(2) == 16 && value.size(3) == a.value_length, op,
-                  ": value cache is not (", num_blocks, ", ", a.kv_heads, ", 16, ", a.value_length, ")");
   const ScalarType type = key.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, op, ": cache of another dtype");
-  return {data<uint8_t>(key), data<uint8_t>(value), type == ScalarType::Half ? kCacheF16 : type == ScalarType::BFloat16 ? kCacheBF16 : kCacheF32};
+  check_type(op, "key cache", key, type, 4);
+  check_type(op, "value cache", value, type, 4);
+  STD_TORCH_CHECK(key.is_contiguous() && value.is_contiguous(), op, ": the cache is not contiguous");
+  const bool q8 = type == ScalarType::Byte;
+  STD_TORCH_CHECK(q8 || type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, op, ": cache of another dtype");
+  STD_TORCH_CHECK(!q8 || (a.key_length % 32 == 0 && a.value_length % 32 == 0), op, ": heads of ", a.key_length, " and ", a.value_length,
+                  " are not whole blocks of q8_0");
+  const auto fits = [&](const Tensor& t, int64_t rows, int64_t columns) {
+    return t.size(0) == num_blocks && t.size(1) == a.kv_heads && t.size(2) == rows && t.size(3) == columns;
+  };
+  STD_TORCH_CHECK(q8 ? fits(key, a.key_length / 32, kQ8GroupBytes) : fits(key, a.key_length, 16), op, ": key cache is not that of ", num_blocks, " blocks, ",
+                  a.kv_heads, " heads of ", a.key_length);
+  STD_TORCH_CHECK(q8 ? fits(value, a.value_length / 32, kQ8GroupBytes) : fits(value, 16, a.value_length), op, ": value cache is not that of ", num_blocks,
+                  " blocks, ", a.kv_heads, " heads of ", a.value_length);
+  return {data<uint8_t>(key), data<uint8_t>(value),
+          q8 ? kCacheQ8_0 : type == ScalarType::Half ? kCacheF16 : type == ScalarType::BFloat16 ? kCacheBF16 : kCacheF32};
 }
 
-void check_shape(const char* op, const AttentionShape& a) {
-  STD_TORCH_CHECK(a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0, op, ": ", a.heads, " heads on ", a.kv_heads, " KV heads");
-  STD_TORCH_CHECK(a.key_length > 0 && a.key_length % 16 == 0 && a.key_length <= 256 && a.value_length > 0 && a.value_length % 16 == 0 && a.value_length <= 256, op,
-                  ": head lengths ", a.key_length, " and ", a.value_length, " are not multiples of 16 up to 256");
-  STD_TORCH_CHECK(a.window >= 0, op, ": window ", a.window, " is negative");
-}
+// Head lengths as a cache has them: q8_0 keeps components by groups of 32.
+int key_length_of(const Tensor& key) { return int(key.scalar_type() == ScalarType::Byte ? 32 * key.size(2) : key.size(2)); }
+int value_length_of(const Tensor& value) { return int(value.scalar_type() == ScalarType::Byte ? 32 * value.size(2) : value.size(3)); }
 
 // block_table (S, B) int32, query_start (S + 1) int32, seq_lens (S) int32: every block id and length is checked.
 void fill_sequences(const char* op, Paged& p, int64_t num_tokens, const Tensor& block_table, const Tensor& query_start, const Tensor& seq_lens) {
@@ -95,8 +89,8 @@ void write_kv(Tensor k, Tensor v, Tensor key, Tensor value, Tensor slots) {
   STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "write_kv: the cache has not four dimensions");
   AttentionShape a{};
   a.heads = a.kv_heads = int(key.size(1));
-  a.key_length = int(key.size(2));
-  a.value_length = int(value.size(3));
+  a.key_length = key_length_of(key);
+  a.value_length = value_length_of(value);
   check_shape("write_kv", a);
   Paged p;
   p.num_blocks = key.size(0);
@@ -112,7 +106,7 @@ void write_kv(Tensor k, Tensor v, Tensor key, Tensor value, Tensor slots) {
 Tensor attention(Tensor q, Tensor key, Tensor value, Tensor block_table, Tensor query_start, Tensor seq_lens, int64_t heads, double scale, double softcap,
                  int64_t window, bool causal, std::optional<Tensor> sinks) {
   STD_TORCH_CHECK(key.dim() == 4 && value.dim() == 4, "attention: the cache has not four dimensions");
-  const AttentionShape a{int(heads), int(key.size(1)), int(key.size(2)), int(value.size(3)), float(scale), float(softcap), int(window), causal};
+  const AttentionShape a{int(heads), int(key.size(1)), key_length_of(key), value_length_of(value), float(scale), float(softcap), int(window), causal};
   check_shape("attention", a);
   check_type("attention", "q", q, ScalarType::Float, 2);
   STD_TORCH_CHECK(q.is_contiguous() && q.size(1) == heads * a.key_length, "attention: q is not (tokens, ", heads * a.key_length, ")");
@@ -131,116 +125,54 @@ Tensor attention(Tensor q, Tensor key, Tensor value, Tensor block_table, Tensor 
   return out;
 }
 
-struct OwnedLayer {
-  Layer layer{};
-  std::vector<Tensor> owned;
-  int64_t length;
-};
-
-struct Registry {
-  std::mutex lock;
-  std::unordered_map<int64_t, std::unique_ptr<OwnedLayer>> layers;
-  int64_t last = 0;
-};
-Registry& registry() {
-  static Registry r;
-  return r;
+Entries make_entries(int64_t tokens, int64_t used, int64_t experts) {
+  const int64_t n = tokens * used;
+  int32_t* p = reinterpret_cast<int32_t*>(Scratch::bytes(Scratch::kEntries, (experts + 1 + 5 * n) * 4));
+  Entries e{};
+  e.start = p;
+  e.ids = p + experts + 1;
+  e.slot = e.ids + n;
+  e.token = e.slot + n;
+  e.expert = e.token + n;
+  e.weights = reinterpret_cast<float*>(e.expert + n);
+  return e;
 }
 
-enum Part { kQ, kK, kV, kO, kGate, kUp, kDown, kParts };
-enum Vector { kAttnNorm, kPostAttnNorm, kFfnNorm, kPostFfnNorm, kQNorm, kKNorm, kSinks, kVectors };
-enum Fact { kHeads, kKvHeads, kKeyLength, kValueLength, kWindow, kCausal, kRot, kRope, kRopeIndex, kGateKind, kTemper, kFacts };
-
-void add_weight(OwnedLayer& to, Weight& w, const Tensor& tiles, int64_t type, int64_t n, int64_t k, const Tensor& bias) {
-  if (tiles.numel() == 0) return;
-  w.kernels = kernels().matmul(type);
-  STD_TORCH_CHECK(w.kernels, "layer_new: no kernel for tensor type ", type);
-  STD_TORCH_CHECK(n > 0 && n % 16 == 0 && k > 0 && k % w.kernels->block == 0 && k % 16 == 0, "layer_new: weight of shape (", n, ", ", k, ")");
-  check_type("layer_new", "tiles", tiles, ScalarType::Byte, 2);
-  STD_TORCH_CHECK(tiles.is_contiguous() && tiles.size(0) == n / 16 && tiles.size(1) == 16 * (k / w.kernels->block * w.kernels->block_bytes), "layer_new: tiles of another shape");
-  w.tiles = data<uint8_t>(tiles);
-  w.n = n;
-  w.k = k;
-  to.owned.push_back(tiles);
-  if (bias.numel() == 0) return;
-  check_vector("layer_new", "bias", bias, ScalarType::Float, n);
-  w.bias = data<float>(bias);
-  to.owned.push_back(bias);
-}
-
-void check_widths(const Layer& l, int64_t length) {
-  const AttentionShape& a = l.attention;
-  const int64_t q = int64_t(a.heads) * a.key_length, k = int64_t(a.kv_heads) * a.key_length, v = int64_t(a.kv_heads) * a.value_length, f = l.down.k;
-  const bool joined = l.q.n == q + k + v && !l.k.kernels && !l.v.kernels;
-  const bool apart = l.q.n == q && l.k.n == k && l.v.n == v && l.k.k == length && l.v.k == length;
-  STD_TORCH_CHECK((joined || apart) && l.q.k == length && l.o.k == int64_t(a.heads) * a.value_length && l.o.n == length, "layer_new: attention weights do not fit");
-  const bool gates = l.up.kernels ? l.gate.n == f && l.up.n == f && l.up.k == length : l.gate.n == 2 * f;
-  STD_TORCH_CHECK(gates && l.gate.k == length && l.down.n == length, "layer_new: feed-forward weights do not fit");
-  const auto same = [](const Weight& x, const Weight& y) { return !y.kernels || x.kernels->dense == y.kernels->dense; };
-  STD_TORCH_CHECK(same(l.q, l.k) && same(l.q, l.v) && same(l.gate, l.up), "layer_new: float and quantized weights on one input");
-}
-
-int64_t layer_new(std::vector<Tensor> tiles, std::vector<int64_t> types, std::vector<int64_t> rows, std::vector<int64_t> columns, std::vector<Tensor> biases,
-                  std::vector<Tensor> vectors, std::vector<int64_t> facts, double scale, double softcap, double eps) {
-  STD_TORCH_CHECK(tiles.size() == kParts && types.size() == kParts && rows.size() == kParts && columns.size() == kParts && biases.size() == kParts &&
-                      vectors.size() == kVectors && facts.size() == kFacts, "layer_new: lists of the wrong length");
-  auto made = std::make_unique<OwnedLayer>();
-  Layer& l = made->layer;
-  l.attention = {int(facts[kHeads]), int(facts[kKvHeads]), int(facts[kKeyLength]), int(facts[kValueLength]), float(scale), float(softcap), int(facts[kWindow]), facts[kCausal] != 0};
-  check_shape("layer_new", l.attention);
-  Weight* parts[kParts] = {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down};
-  for (int i = 0; i < kParts; i++) add_weight(*made, *parts[i], tiles[i], types[i], rows[i], columns[i], biases[i]);
-  STD_TORCH_CHECK(l.q.kernels && l.o.kernels && l.gate.kernels && l.down.kernels, "layer_new: a weight is missing");
-  made->length = l.q.k;
-  check_widths(l, made->length);
-  const int64_t lengths[kVectors] = {made->length, made->length, made->length, made->length, l.attention.key_length, l.attention.key_length, l.attention.heads};
-  const float** places[kVectors] = {&l.attn_norm, &l.post_attn_norm, &l.ffn_norm, &l.post_ffn_norm, &l.q_norm, &l.k_norm, &l.sinks};
-  for (int i = 0; i < kVectors; i++) {
-    if (vectors[i].numel() == 0) continue;
-    check_vector("layer_new", "vector", vectors[i], ScalarType::Float, lengths[i]);
-    *places[i] = data<float>(vectors[i]);
-    made->owned.push_back(vectors[i]);
-  }
-  STD_TORCH_CHECK(l.attn_norm && l.ffn_norm, "layer_new: a norm is missing");
-  l.n_rot = int(facts[kRot]);
-  l.rope_kind = int(facts[kRope]);
-  l.rope_index = int(facts[kRopeIndex]);
-  l.gate_kind = int(facts[kGateKind]);
-  l.temper = facts[kTemper] != 0;
-  l.eps = float(eps);
-  STD_TORCH_CHECK(l.n_rot >= 0 && l.n_rot % 2 == 0 && l.n_rot <= l.attention.key_length, "layer_new: n_rot ", l.n_rot);
-  STD_TORCH_CHECK(l.rope_kind >= kRopeNone && l.rope_kind <= kRopePairs, "layer_new: rope kind ", l.rope_kind);
-  STD_TORCH_CHECK(l.rope_index >= 0, "layer_new: rope index ", l.rope_index);
-  Registry& r = registry();
-  std::lock_guard<std::mutex> hold(r.lock);
-  r.layers[++r.last] = std::move(made);
-  return r.last;
-}
-
-void layer_free(int64_t handle) {
-  Registry& r = registry();
-  std::lock_guard<std::mutex> hold(r.lock);
-  r.layers.erase(handle);
-}
-
+// For the widest of the layers. Rows are tokens, behind a router entries; quantized weights take each in so many planes.
 Buffers make_buffers(const std::vector<const Layer*>& layers, int64_t tokens, int64_t length) {
   Buffers b{};
-  int64_t acts = 0;
-  const auto record = [](const Weight& w) { return w.kernels->dense ? w.k * 4 : w.k + w.k / 32 * 28; };
+  int64_t acts = 0, gathered = 0, used = 1, experts = 0, planes = 1;
+  const auto bytes = [](const Layer& l, const Weight& w) { return w.kernels->dense ? w.k * 4 : l.planes * (w.k + w.k / 32 * 28); };
+  b.ldrow = length;
   for (const Layer* l : layers) {
     const AttentionShape& a = l->attention;
+    const int64_t entries = l->routing.experts ? l->routing.used : 1;
     b.ldqkv = std::max<int64_t>(b.ldqkv, int64_t(a.heads + a.kv_heads) * a.key_length + int64_t(a.kv_heads) * a.value_length);
     b.ldattn = std::max(b.ldattn, l->o.k);
     b.ldffn = std::max(b.ldffn, 2 * l->down.k);
-    for (const Weight* w : {&l->q, &l->o, &l->gate, &l->down}) acts = std::max(acts, record(*w));
+    b.ldrow = std::max({b.ldrow, l->o.k, l->down.k});
+    for (const Weight* w : {&l->q, &l->o, &l->gate}) acts = std::max(acts, bytes(*l, *w));
+    acts = std::max(acts, entries * bytes(*l, l->down));
+    used = std::max(used, entries);
+    planes = std::max<int64_t>(planes, l->planes);
+    if (!l->routing.experts) continue;
+    gathered = std::max({gathered, entries * bytes(*l, l->gate), bytes(*l, l->router)});
+    experts = std::max<int64_t>(experts, l->routing.experts);
   }
+  const int64_t rows = tokens * planes;
   b.ldout = (length + 15) / 16 * 16;
   b.acts = Scratch::bytes(Scratch::kActs, tokens * acts);
-  b.qkv = Scratch::floats(Scratch::kQkv, tokens * b.ldqkv);
+  b.qkv = Scratch::floats(Scratch::kQkv, rows * b.ldqkv);
   b.attn = Scratch::floats(Scratch::kAttn, tokens * b.ldattn);
-  b.ffn = Scratch::floats(Scratch::kFfn, tokens * b.ldffn);
-  b.out = Scratch::floats(Scratch::kOut, tokens * b.ldout);
-  b.rows = Scratch::floats(Scratch::kRows, team::size() * length);
+  b.ffn = Scratch::floats(Scratch::kFfn, rows * used * b.ldffn);
+  b.out = Scratch::floats(Scratch::kOut, rows * used * b.ldout);
+  b.rows = Scratch::floats(Scratch::kRows, team::size() * 2 * b.ldrow);
+  if (!experts) return b;
+  b.ldlogits = (experts + 15) / 16 * 16;
+  b.gathered = Scratch::bytes(Scratch::kGathered, tokens * gathered);
+  b.logits = Scratch::floats(Scratch::kLogits, rows * b.ldlogits);
+  b.entries = make_entries(tokens, used, experts);
+  b.jobs = reinterpret_cast<Job*>(Scratch::bytes(Scratch::kJobs, 2 * experts * int64_t(sizeof(Job))));
   return b;
 }
 
@@ -251,19 +183,8 @@ void decoder(std::vector<int64_t> handles, Tensor hidden, Tensor positions, std:
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && keys.size() == count && values.size() == count && groups.size() == count, "decoder: layers, caches and groups differ in number");
   STD_TORCH_CHECK(!slots.empty() && slots.size() == block_tables.size(), "decoder: slots and block tables differ in number");
-  std::vector<const Layer*> layers;
   int64_t length = 0;
-  {
-    Registry& r = registry();
-    std::lock_guard<std::mutex> hold(r.lock);
-    for (const int64_t handle : handles) {
-      const auto found = r.layers.find(handle);
-      STD_TORCH_CHECK(found != r.layers.end(), "decoder: no layer ", handle);
-      STD_TORCH_CHECK(length == 0 || found->second->length == length, "decoder: layers of different lengths");
-      length = found->second->length;
-      layers.push_back(&found->second->layer);
-    }
-  }
+  const std::vector<const Layer*> layers = find_layers(handles, length);
   check_type("decoder", "hidden", hidden, ScalarType::Float, 2);
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.size(1) == length, "decoder: hidden is not a contiguous (tokens, ", length, ")");
   const int64_t n = hidden.size(0);
@@ -311,9 +232,4 @@ STABLE_TORCH_LIBRARY_IMPL(ollamapy, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("decoder", TORCH_BOX(&decoder));
 }
-STABLE_TORCH_LIBRARY_IMPL(ollamapy, CompositeExplicitAutograd, m) {
-  m.impl("layer_new", TORCH_BOX(&layer_new));
-  m.impl("layer_free", TORCH_BOX(&layer_free));
-}
-
 }  // namespace ollamapy

@@ -20,12 +20,16 @@ struct Weight {
   const uint8_t* tiles = nullptr;
   int64_t n = 0, k = 0;
   const float* bias = nullptr;  // (n,) or null
+  int64_t expert_bytes = 0;     // from one expert's tiles to the next's; 0: not of experts
   __attribute__((always_inline)) int64_t tile_count() const { return (n + 15) / 16; }  // a copy of its own would be weak: see isa/
 };
 
 // Paged KV cache, blocks of 16 tokens: key (block, kv head, key_length, 16 tokens), value (block, kv head, 16 tokens,
-// value_length). So 16 keys are the lanes of a score, and 16 components of a value the lanes of an output.
-enum CacheType : int { kCacheF16 = 0, kCacheBF16 = 1, kCacheF32 = 2 };
+// value_length). So 16 keys are the lanes of a score, and 16 components of a value the lanes of an output. In q8_0 each group of
+// 32 components is a part of its own, (block, kv head, length / 32, kQ8GroupBytes): 512 quants in that order, and the half
+// scales of the 16 tokens; 34 bytes per token and group, as in the file format's Q8_0.
+enum CacheType : int { kCacheF16 = 0, kCacheBF16 = 1, kCacheF32 = 2, kCacheQ8_0 = 3 };
+constexpr int64_t kQ8GroupBytes = 544;
 struct Cache {
   uint8_t *keys, *values;
   int type;
@@ -41,9 +45,20 @@ struct AttentionShape {
   bool causal;
 };
 
+enum Gating : int { kGatingSoftmax = 0, kGatingSigmoid = 1, kGatingSelected = 2 };  // selected: softmax of the chosen alone
+constexpr int kMaxExperts = 4096;
+struct Routing {
+  int experts, used, gating;  // experts 0: a dense layer
+  bool renormalize;
+  float scale;  // of the chosen experts' weights
+};
+
 // A pre-norm decoder layer with gated feed-forward. Null vectors and absent weights are left out.
 struct Layer {
   Weight q, k, v, o, gate, up, down;  // k and v absent: q has the rows of q, k and v; up absent: gate has those of gate and up
+  Weight router;                      // of experts only; gate, up and down then are those of all experts
+  Routing routing;
+  int planes;  // int8 rows that make up one of x for quantized weights (isa/precise.h)
   const float *attn_norm, *post_attn_norm, *ffn_norm, *post_ffn_norm, *q_norm, *k_norm, *sinks;
   AttentionShape attention;
   int n_rot, rope_kind, rope_index, gate_kind;
@@ -65,11 +80,28 @@ struct Tokens {  // the batch
   const float* temperature;   // (num_tokens,) or null
 };
 
-struct Buffers {  // rows of num_tokens; row lengths in floats, multiples of 16
-  uint8_t* acts;
-  float *qkv, *attn, *ffn, *up, *out;
-  int64_t ldqkv, ldattn, ldffn, ldout;
-  float* rows;     // (threads, length): a normalised row
+struct Job {  // one of several matmuls side by side: acts and y as in `MatmulKernels`, the planes of m rows one after the other
+  const Weight* w;
+  const uint8_t *tiles, *acts;
+  float* y;
+  int64_t m;
+};
+
+struct Entries {            // (token, place) pairs, sorted by expert
+  int32_t* start;           // (experts + 1,): where an expert's entries begin
+  int32_t *ids, *slot;      // (tokens, used): the expert of a token's place, and the entry
+  int32_t *token, *expert;  // (entries,)
+  float* weights;           // (tokens, used)
+};
+
+struct Buffers {  // rows of tokens, or of entries, times planes; row lengths in floats, multiples of 16
+  uint8_t *acts, *gathered;
+  float *qkv, *attn, *ffn, *out, *logits;
+  int64_t ldqkv, ldattn, ldffn, ldout, ldlogits;
+  float* rows;     // (threads, 2, ldrow): a row, and what rounding lost of one
+  int64_t ldrow;
+  Entries entries;
+  Job* jobs;       // (2 * experts,)
   int64_t* next;   // (layers,) attention items handed out, zero at the start
 };
 

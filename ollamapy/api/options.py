@@ -46,6 +46,7 @@ OPTIONS: dict[str, Option] = {
     "main_gpu": Option("int", None, "Use only this GPU"),
     "use_mmap": Option("bool", None, "Map the model file into memory"),
     "num_thread": Option("int", 0, "CPU threads; 0: one per physical core"),
+    "precise": Option("bool", None, "Compute to the precision of float32; slower"),
     "speculation": Option("speculation", "auto", "Where guesses of tokens ahead come from: auto, ngram, draft or off"),
     "draft_num_predict": Option("int", -1, "Most tokens guessed ahead; 0: off, -1: as many as pay"),
     "num_keep": Option("int", 4, "Prompt tokens kept when the context is shifted; -1: all"),
@@ -73,6 +74,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     main_gpu: int | None = None
     use_mmap: bool | None = None
     num_thread: int = 0
+    precise: bool | None = None
     speculation: Speculation = "auto"
     draft_num_predict: int = -1
     num_keep: int = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -65,11 +66,13 @@ class _Serve(Command):
 
 
 @cli.command(cls=_Serve)
-def serve() -> int:
+@click.option("--precise", is_flag=True, help="Compute to the precision of float32 (OLLAMAPY_PRECISE)")
+def serve(precise: bool) -> int:
     """Start the server (also: start)"""
     from ollamapy.server.main import run
 
-    return run(env.load())
+    settings = env.load()
+    return run(replace(settings, precise=precise or settings.precise))
 
 
 @cli.command()
@@ -122,6 +125,7 @@ def show(words: tuple[str, ...], verbose: bool, **parts: bool) -> None:
 @click.option("--format", default="", help="Response format (json, or a JSON schema)")
 @click.option("--think", default=None, metavar="[=LEVEL]", help="Thinking: true, false, low, medium, high or max")
 @click.option("--hidethinking", is_flag=True, help="Hide thinking output (if provided)")
+@click.option("--precise", is_flag=True, help="Compute to the precision of float32")
 @click.option("--truncate", default=None, type=bool, metavar="[=BOOL]", help="Cut input that is too long (embedding models)")
 @click.option("--dimensions", default=0, metavar="N", help="Cut embeddings to this size (embedding models)")
 def run(words: tuple[str, ...], **flags: Any) -> None:
@@ -140,6 +144,7 @@ def run(words: tuple[str, ...], **flags: Any) -> None:
         word_wrap=not flags["nowordwrap"] and run.on_terminal(),
         verbose=flags["verbose"],
         hide_thinking=flags["hidethinking"],
+        options={"precise": True} if flags["precise"] else {},
     )
     settings, embed = env.load(), run.EmbedFlags(flags["truncate"], flags["dimensions"])
     with connect(settings) as client:

@@ -145,6 +145,8 @@ class Engine:
             kv_bytes=kv_bytes,
             vram_bytes=weight_bytes + kv_bytes if on_gpu else 0,
             embedding_length=self.model.config.embedding_length,
+            kv_dtype=plan.kv_dtype,
+            precise=plan.precise,
             kernels=self._kernels,
             load_ns=self._load_ns,
         )

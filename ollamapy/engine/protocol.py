@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+KVType = Literal["f16", "bf16", "f32", "q8_0"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 SpeculationMode = Literal["off", "ngram", "draft", "auto"]
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
@@ -72,7 +73,7 @@ class Plan(msgspec.Struct, frozen=True):
     draft_path: str = ""  # GGUF of a smaller model of the same vocabulary that guesses ahead
     num_draft_blocks: int = 0  # KV blocks of the draft model's own pool
     device: str = "cpu"  # torch device string
-    kv_dtype: Literal["f16", "bf16", "f32"] = "f16"
+    kv_dtype: KVType = "f16"
     block_size: int = 16  # tokens per KV block
     num_blocks: int = 256  # KV blocks in the pool, shared by all sequences
     context_length: int = 4096  # most tokens of one sequence
@@ -80,6 +81,7 @@ class Plan(msgspec.Struct, frozen=True):
     max_batch_tokens: int = 512  # token budget of one step
     num_threads: int = 0  # 0: physical cores
     kernels: str = ""  # force a kernel family: reference | csrc | triton; "": by capability
+    precise: bool = False  # activations keep the precision of float32
     prefix_cache: bool = True
     groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
 
@@ -127,6 +129,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_bytes: int
     vram_bytes: int  # of weights and KV, the part on a GPU
     embedding_length: int
+    kv_dtype: KVType = "f16"
+    precise: bool = False
     kernels: dict[str, str] = {}  # op -> implementation chosen
     load_ns: int = 0
 

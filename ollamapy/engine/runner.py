@@ -12,7 +12,7 @@ from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.engine.protocol import LayerGroup, Plan
 from ollamapy.errors import EngineError
 
-KV_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+KV_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "q8_0": torch.uint8}  # q8_0: as bytes
 
 
 class Config(Protocol):

@@ -39,10 +39,8 @@ class DecoderBlock(Module):
         spec = self.spec.attention
         return LayerState(spec.num_kv_heads, spec.key_length, spec.value_length, spec.window)
 
-    def fused(self, rope_index: int) -> ops.DecoderLayer | None:
-        """The layer as `ops.stack` takes it, with the index of its rotary table; None for one that does not fit there."""
-        if isinstance(self.feed_forward, MixtureOfExperts):
-            return None
+    def fused(self, rope_index: int) -> ops.DecoderLayer:
+        """The layer as `ops.stack` takes it, with the index of its rotary table."""
         spec = self.spec.attention
         matrices = {**self.attention.matrices(), **self.feed_forward.matrices()}
         norms = {
@@ -71,6 +69,7 @@ class DecoderBlock(Module):
             activation=self.spec.feed_forward.activation,
             temper=spec.query_temperature,
             eps=self.spec.norm_eps,
+            routing=self.feed_forward.routing if isinstance(self.feed_forward, MixtureOfExperts) else None,
         )
 
     def __call__(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:

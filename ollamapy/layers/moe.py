@@ -14,6 +14,7 @@ class Experts(Layer):
     """One matrix of all experts: (X, out, in)."""
 
     weight: ops.Weight
+    bias = None
 
     def __init__(self, count: int, out_features: int, in_features: int, sources: tuple[str, ...] = ()) -> None:
         super().__init__(weight=Declared((count, out_features, in_features), "linear", sources))
@@ -35,6 +36,15 @@ class MixtureOfExperts(Part):
         self.ffn_gate_exps = Experts(experts.count, experts.length, embedding_length, sources("ffn_gate"))
         self.ffn_up_exps = Experts(experts.count, experts.length, embedding_length, sources("ffn_up"))
         self.ffn_down_exps = Experts(experts.count, embedding_length, experts.length, sources("ffn_down"))
+
+    def matrices(self) -> dict[str, Linear | Experts]:
+        """By their part in `ops.DecoderLayer`."""
+        return {
+            "router": self.ffn_gate_inp,
+            "gate": self.ffn_gate_exps,
+            "up": self.ffn_up_exps,
+            "down": self.ffn_down_exps,
+        }
 
     def __call__(self, x: Tensor) -> Tensor:
         experts = self.ffn_gate_exps.weight, self.ffn_up_exps.weight, self.ffn_down_exps.weight

@@ -12,7 +12,7 @@ from typing import Literal
 
 from ollamapy.api.options import Options
 from ollamapy.engine.groups import blocks_of, group_size, layer_groups
-from ollamapy.engine.protocol import LayerGroup, Plan
+from ollamapy.engine.protocol import KVType, LayerGroup, Plan
 from ollamapy.env import Settings
 from ollamapy.errors import EngineError
 from ollamapy.lifecycle.devices import GPU, Devices
@@ -32,7 +32,7 @@ MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 BASE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of a process: interpreter and torch; a CUDA context with its libraries
 GPU_RESERVE = 457 << 20  # left free on each GPU, as Ollama does
 _BATCHES = ((32768, 2048), (4096, 1024), (0, 512))  # context above -> tokens per step
-_KV_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+_KV_BLOCKS: dict[KVType, tuple[int, int]] = {"f16": (2, 1), "bf16": (2, 1), "f32": (4, 1), "q8_0": (34, 32)}  # bytes, elements
 
 
 class DoesNotFit(EngineError):
@@ -48,6 +48,7 @@ class RunnerOptions:
     num_gpu: int | None = None
     main_gpu: int | None = None
     num_thread: int | None = None
+    precise: bool | None = None
 
     @classmethod
     def of(cls, options: Options | Mapping[str, object]) -> RunnerOptions:
@@ -64,6 +65,7 @@ class RunnerOptions:
             num_gpu=num_gpu if num_gpu is not None and num_gpu >= 0 else None,
             main_gpu=_integer(options, "main_gpu"),
             num_thread=num_thread if num_thread is not None and num_thread > 0 else None,
+            precise=None if options.get("precise") is None else bool(options["precise"]),
         )
 
 
@@ -107,14 +109,14 @@ def plan(
     """The best GPU that holds the model with one full context, else the CPU, with as much KV room as is sensible.
 
     `weights`: device kind -> bytes, see `sizes.weight_bytes`.
-
     A context that nobody asked for is lowered until it fits; one that was asked for is an error when it does not.
     Raises DoesNotFit, and EngineError when a device is forced that is not there.
     """
-    kv_dtype, notes = kv_type(settings.kv_cache_type)
+    precise = settings.precise if options.precise is None else options.precise
+    kv_dtype, notes = kv_type(settings.kv_cache_type, (config, *([draft.config] if draft else [])), precise)
     if draft is not None:
         weights = {kind: size + draft.weights[kind] for kind, size in weights.items()}
-    shape = _Shape(config, weights, settings, options, kv_dtype, model_path, draft)
+    shape = _Shape(config, weights, settings, options, kv_dtype, precise, model_path, draft)
     gpus = _gpu_places(devices, settings, options)
     for place, context in [(p, c) for c in contexts(config, devices.gpus, settings, options) for p in gpus]:
         placement = shape.on(place, context, devices.cpu_cores)
@@ -150,16 +152,17 @@ def contexts(config: ModelConfig, gpus: Sequence[GPU], settings: Settings, optio
     return list(dict.fromkeys(min(length, trained) for length in lengths))
 
 
-def kv_type(name: str) -> tuple[Literal["f16", "bf16", "f32"], list[str]]:
+def kv_type(name: str, configs: Sequence[ModelConfig], precise: bool) -> tuple[KVType, list[str]]:
     """The KV cache's type for OLLAMA_KV_CACHE_TYPE, and a note when it is not the one asked for."""
-    wanted = name.lower()
-    if wanted in ("", "f16"):
-        return "f16", []
-    if wanted == "bf16":
-        return "bf16", []
-    if wanted == "f32":
-        return "f32", []
-    return "f16", [f"OLLAMA_KV_CACHE_TYPE={name} is not supported yet: the KV cache is f16"]
+    wanted, asked = name.lower() or "f16", f"OLLAMA_KV_CACHE_TYPE={name}"
+    if precise:
+        return "f32", [f"{asked}: a precise model has a KV cache of f32"] if name and wanted != "f32" else []
+    chosen = next((kind for kind in _KV_BLOCKS if kind == wanted), None)
+    if chosen is None:
+        return "f16", [f"{asked} is not supported: the KV cache is f16"]
+    lengths = [length for config in configs for length in (*config.key_length, *config.value_length)]
+    odd = [length for length in lengths if length % _KV_BLOCKS[chosen][1]]
+    return ("f16", [f"{asked}: heads of {odd[0]} are not whole blocks of 32: the KV cache is f16"]) if odd else (chosen, [])
 
 
 def wants_cpu(devices: Devices, settings: Settings, options: RunnerOptions) -> bool:
@@ -174,7 +177,8 @@ class _Shape:
     weights: Mapping[str, int]
     settings: Settings
     options: RunnerOptions
-    kv_dtype: Literal["f16", "bf16", "f32"]
+    kv_dtype: KVType
+    precise: bool
     model_path: str
     draft: Beside | None
 
@@ -189,7 +193,7 @@ class _Shape:
 
     def block_bytes(self, groups: Sequence[LayerGroup]) -> int:
         layers = len(self.config.windows)
-        all_layers = self.config.kv_bytes_per_token(_KV_BYTES[self.kv_dtype]) * BLOCK_SIZE
+        all_layers = self.config.kv_bytes_per_token(*_KV_BLOCKS[self.kv_dtype]) * BLOCK_SIZE
         return all_layers // layers * group_size(groups, layers) if groups else all_layers
 
     def context_blocks(self, context: int, groups: Sequence[LayerGroup]) -> int:
@@ -199,9 +203,11 @@ class _Shape:
 
     def draft_bytes(self, context: int) -> int:
         """Of a draft model's KV cache for one context."""
-        if self.draft is None:
-            return 0
-        return -(-context // BLOCK_SIZE) * BLOCK_SIZE * self.draft.config.kv_bytes_per_token(_KV_BYTES[self.kv_dtype])
+        return (
+            0
+            if self.draft is None
+            else -(-context // BLOCK_SIZE) * BLOCK_SIZE * self.draft.config.kv_bytes_per_token(*_KV_BLOCKS[self.kv_dtype])
+        )
 
     def context_bytes(self, context: int) -> int:
         groups = self.groups(context)
@@ -244,6 +250,7 @@ class _Shape:
             num_threads=self.options.num_thread or cpu_cores,
             kernels=self.settings.kernels,
             groups=groups,
+            precise=self.precise,
         )
         return Placement(made, self.weights[place.kind], count * nbytes, workspace, tuple(notes))
 

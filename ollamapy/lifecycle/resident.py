@@ -113,6 +113,7 @@ class Resident:
             and right_device
             and wanted.num_batch in (None, plan.max_batch_tokens)
             and wanted.num_thread in (None, plan.num_threads)
+            and wanted.precise in (None, plan.precise)
         )
 
     def add_users(self, count: int) -> None:

@@ -33,7 +33,8 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
     threads = plan.num_threads or physical_cores()
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    log.info("loading %s on %s with %d threads", Path(plan.model_path).name, plan.device, threads)
+    kind = f"{plan.kv_dtype} KV{', precise' if plan.precise else ''}"
+    log.info("loading %s on %s with %d threads, %s", Path(plan.model_path).name, plan.device, threads, kind)
     model = _load(plan.model_path, plan, progress)
     kernels = ops.chosen()
     draft = None
@@ -53,7 +54,9 @@ _SHARED_OPS = ("attention", "write_kv", "new_cache")  # one choice serves all mo
 def _load(path: str, plan: Plan, progress: Progress) -> Decoder:
     with GGUFFile.open(path) as file:
         device = torch.device(plan.device)
-        return load_model(file, device, progress, context_length=plan.context_length, kernels=plan.kernels)
+        return load_model(
+            file, device, progress, context_length=plan.context_length, kernels=plan.kernels, precise=plan.precise
+        )
 
 
 def check_vocabularies(path: str, draft_path: str) -> None:

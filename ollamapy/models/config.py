@@ -114,10 +114,11 @@ class ModelConfig:
             **_experts(keys),
         )
 
-    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """Bytes that one token of one sequence takes in the KV cache, all layers together."""
+    def kv_bytes_per_token(self, block_bytes: int, block_size: int = 1) -> int:
+        """Bytes that one token of one sequence takes in the KV cache, all layers together, when `block_size` elements of a head
+        take `block_bytes`."""
         layers = zip(self.num_kv_heads, self.key_length, self.value_length, strict=True)
-        return bytes_per_element * sum(heads * (key + value) for heads, key, value in layers)
+        return block_bytes * sum(heads * (key // block_size + value // block_size) for heads, key, value in layers)
 
 
 @dataclass(frozen=True, slots=True)

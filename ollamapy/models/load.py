@@ -32,9 +32,16 @@ _SHOWN = 12  # names listed in an error
 
 
 def load_model(
-    file: GGUFFile, device: torch.device, progress: Progress | None = None, *, context_length: int = 0, kernels: str = ""
+    file: GGUFFile,
+    device: torch.device,
+    progress: Progress | None = None,
+    *,
+    context_length: int = 0,
+    kernels: str = "",
+    precise: bool = False,
 ) -> Decoder:
-    """A model ready to run, its weights in the form of the kernels that the device allows; `kernels` forces a family of them.
+    """A model ready to run, its weights in the form of the kernels that the device allows; `kernels` forces a family of them,
+    `precise` those that keep activations in the precision of float32.
 
     `context_length` is the longest sequence that will be run (0: what the file says); longrope models choose factors by it.
     Raises UnsupportedModel for an architecture, tensors or shapes that cannot be run, naming them. Weights that are used as
@@ -42,7 +49,7 @@ def load_model(
     """
     config = ModelConfig.from_gguf(file.metadata)
     _, tensors = normalise(file.metadata, file.tensors)
-    ops.choose(device, kernels, tuple({*config.key_length, *config.value_length}))
+    ops.choose(device, kernels, tuple({*config.key_length, *config.value_length}), precise=precise)
     skipped = {name for name in tensors if name.startswith(OTHER_MODALITIES)}
     if skipped:
         log.info("leaving out %d vision and audio tensors: only text is supported", len(skipped))

@@ -12,8 +12,9 @@ ways, and each is avoided by construction:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -102,19 +103,36 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 
 
 def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """key (num_blocks, block_size, Hkv, D), value (num_blocks, block_size, Hkv, Dv). Zeros: stale memory must hold no NaN."""
+    """key (num_blocks, block_size, Hkv, D), value (num_blocks, block_size, Hkv, Dv). Zeros: stale memory must hold no NaN.
+
+    dtype uint8 stands for q8_0: the last dimension then is bytes, 34 for each 32 elements, as in the file format.
+    """
     slots = (num_blocks, block_size, state.num_kv_heads)
-    return KVCache(
-        key=torch.zeros(*slots, state.key_length, dtype=dtype, device=device),
-        value=torch.zeros(*slots, state.value_length, dtype=dtype, device=device),
-    )
+    widths = [length // 32 * 34 if dtype is torch.uint8 else length for length in (state.key_length, state.value_length)]
+    key, value = (torch.zeros(*slots, width, dtype=dtype, device=device) for width in widths)
+    return KVCache(key, value)
+
+
+def q8_0_blocks(x: Tensor) -> Tensor:
+    """x (..., D) float32, D a multiple of 32 -> Q8_0 blocks (..., D / 32 * 34) uint8.
+
+    The scale is max|x| / 127 as a half, and the quants are multiples of that half: no value is off by more than half of it.
+    An infinity or a NaN becomes the scale, and makes all 32 values NaN.
+    """
+    groups = x.view(*x.shape[:-1], -1, 32)
+    scale = (groups.abs().amax(-1, keepdim=True) / 127.0).half()
+    step = scale.float()
+    inverse = torch.where((step > 0) & step.isfinite(), 1.0 / step, 0.0)
+    quants = (groups * inverse).nan_to_num(0.0).round_().clamp_(-127, 127).to(torch.int8)
+    return torch.cat((scale.view(torch.uint8), quants.view(torch.uint8)), -1).flatten(-2)
 
 
 def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
     """Rows of k (n, Hkv, D) and v (n, Hkv, Dv) to their slots. Rows beyond slot_mapping are padding and are left out."""
     rows = slot_mapping.shape[0]
     for store, new in ((cache.key, k), (cache.value, v)):
-        store.flatten(0, 1).index_copy_(0, slot_mapping, new[:rows].to(store.dtype))
+        held = q8_0_blocks(new[:rows]) if store.dtype is torch.uint8 else new[:rows].to(store.dtype)
+        store.flatten(0, 1).index_copy_(0, slot_mapping, held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +158,30 @@ def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     return ids, weights * routing.scale if routing.scale else weights
 
 
-def moe(x: Tensor, logits: Tensor, experts: tuple[Tensor, Tensor, Tensor], routing: Routing, kind: Activation) -> Tensor:
-    """Mixture of gated experts: x (n, E), logits (n, X), experts gate and up (X, F, E) and down (X, E, F) -> (n, E)."""
+def _expert_linear(rows: Tensor, weight: Tensor, expert: int) -> Tensor:
+    return linear(rows, weight[expert])
+
+
+def moe(
+    x: Tensor,
+    logits: Tensor,
+    experts: tuple[Any, Any, Any],
+    routing: Routing,
+    kind: Activation,
+    multiply: Callable[[Tensor, Any, int], Tensor] = _expert_linear,
+) -> Tensor:
+    """Mixture of gated experts: x (n, E), logits (n, X), experts gate and up (X, F, E) and down (X, E, F) -> (n, E).
+
+    Each expert's rows go through its three matrices together, by `multiply(rows, matrices, expert)`.
+    """
     gate, up, down = experts
     ids, weights = route(logits, routing)
     parts = x.new_empty(*ids.shape, x.shape[-1])  # each expert's answer in its own place: the sum has one order
     for expert in sorted(set(ids.flatten().tolist())):
         token, place = (ids == expert).nonzero(as_tuple=True)
-        rows = pad_rows(x[token])
-        inner = gated_activation(F.linear(rows, gate[expert]), F.linear(rows, up[expert]), kind)
-        parts[token, place] = F.linear(inner, down[expert])[: token.shape[0]]
+        rows = x[token]
+        inner = gated_activation(multiply(rows, gate, expert), multiply(rows, up, expert), kind)
+        parts[token, place] = multiply(inner, down, expert)
     parts.mul_(weights.unsqueeze(-1))
     total = parts[:, 0].clone()
     for place in range(1, routing.used):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.gguf.types import GGMLType
+from ollamapy.quant.dequant import dequantize
 from ollamapy.reference import ROW_TILE, softcap
 
 KEY_TILE = 128
@@ -156,7 +158,7 @@ def attention(
     not causal). `cap` > 0: scores become cap * tanh(score / cap). `sinks` (H) are extra logits that only enter the
     denominator. H is a multiple of the cache's heads; heads h * H / Hkv and the following share key-value head h.
     """
-    num_kv_heads, value_length = cache.value.shape[2:]
+    num_kv_heads, value_length = cache.value.shape[2], _length(cache.value)
     num_rows, num_heads, key_length = q.shape
     width = num_heads // num_kv_heads * value_length
     out = q.new_zeros(num_rows, num_kv_heads, width)
@@ -186,9 +188,15 @@ def _queries(q: Tensor, group: _Group, num_kv_heads: int, scale: float) -> Tenso
 
 
 def _gather(store: Tensor, group: _Group) -> Tensor:
-    """(tiles, S, Hkv, KEY_TILE, D) float32 of a cache (num_blocks, block_size, Hkv, D)."""
-    tiles = store.view(-1, store.shape[3]).index_select(0, group.slots).float()
-    return tiles.view(group.tiles, group.num_sequences, store.shape[2], KEY_TILE, store.shape[3])
+    """(tiles, S, Hkv, KEY_TILE, D) float32 of a cache (num_blocks, block_size, Hkv, D), or of Q8_0 blocks of D."""
+    rows = store.view(-1, store.shape[3]).index_select(0, group.slots)
+    shape = (group.tiles, group.num_sequences, store.shape[2], KEY_TILE, _length(store))
+    return dequantize(rows, GGMLType.Q8_0, shape) if store.dtype is torch.uint8 else rows.float().view(shape)
+
+
+def _length(store: Tensor) -> int:
+    """Elements of a head."""
+    return store.shape[3] // 34 * 32 if store.dtype is torch.uint8 else store.shape[3]
 
 
 def _sink_rows(sinks: Tensor, group: _Group, scores: Tensor) -> Tensor:

@@ -82,14 +82,19 @@ def test_a_draft_model_takes_its_share() -> None:
         (6.3, {}, 1, 0),  # 0.6 GiB are left: one context, though it is more than half
         (9, {"kv_cache_type": "f32"}, 1, 0),
         (9, {"kv_cache_type": "BF16"}, 3, 0),
-        (9, {"kv_cache_type": "q8_0"}, 3, 1),
+        (9, {"kv_cache_type": "q8_0"}, 6, 0),
+        (9, {"kv_cache_type": "q4_0"}, 3, 1),
+        (9, {"precise": True}, 1, 0),
+        (9, {"precise": True, "kv_cache_type": "q8_0"}, 1, 1),
     ],
 )
 def test_kv_room(free: float, settings: dict[str, Any], contexts: int, notes: int) -> None:
     placed = place(cpu(free), **settings)
     assert placed.plan.num_blocks == contexts * 256
     assert len(placed.notes) == notes
-    assert placed.kv_bytes == contexts * 4096 * (262144 if settings.get("kv_cache_type") == "f32" else 131072)
+    per_token = {"f16": 131072, "bf16": 131072, "f32": 262144, "q8_0": 69632}[placed.plan.kv_dtype]
+    assert placed.kv_bytes == contexts * 4096 * per_token
+    assert placed.plan.precise == settings.get("precise", False)
     assert placed.total_bytes <= free * GIB
 
 
@@ -284,3 +289,20 @@ def test_windowed_layers_take_their_window() -> None:
     assert placed.kv_bytes == made.num_blocks * 16 * 3 * 2 * 256 * 2
     whole = plan(windowed(window=32768), {"cpu": 0, "cuda": 0}, cpu(32), Settings(num_parallel=1), options)
     assert whole.plan.groups == () and whole.kv_bytes == 32768 * 18 * 1024 and placed.kv_bytes < whole.kv_bytes / 3
+
+
+def test_q8_0_takes_whole_blocks_of_32() -> None:
+    keys = {
+        "context_length": 4096, "embedding_length": 240, "block_count": 2, "feed_forward_length": 64,
+        "attention.head_count": 3, "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": 99,
+    }  # fmt: skip
+    odd = ModelConfig.from_gguf({"general.architecture": "llama", **{f"llama.{key}": value for key, value in keys.items()}})
+    placed = plan(odd, {"cpu": 1, "cuda": 1}, cpu(9), Settings(kv_cache_type="q8_0"), RunnerOptions())
+    assert placed.plan.kv_dtype == "f16"
+    assert placed.notes == ("OLLAMA_KV_CACHE_TYPE=q8_0: heads of 80 are not whole blocks of 32: the KV cache is f16",)
+
+
+def test_precise_is_the_request_s_choice_before_the_environment_s() -> None:
+    for setting, option, expected in ((False, None, False), (True, None, True), (True, False, False), (False, True, True)):
+        made = place(cpu(32), options={"precise": option}, precise=setting).plan
+        assert (made.precise, made.kv_dtype) == (expected, "f32" if expected else "f16")

@@ -48,8 +48,8 @@ class Paged:
         self.lengths: dict[str, int] = {}
         self.caches = model.new_caches(num_blocks, block_size, dtype, torch.device("cpu"))
         for cache in self.caches:  # what was not written must not be read
-            cache.key.fill_(torch.nan)
-            cache.value.fill_(torch.nan)
+            for store in (cache.key, cache.value):
+                store.fill_(255 if dtype is torch.uint8 else torch.nan)  # of q8_0, scales that are NaN
 
     def run(self, fed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         for name, ids in fed.items():

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ollamapy import cpu_kernels
 from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.gguf.types import GGMLType
+from ollamapy.quant.dequant import dequantize
+from ollamapy.reference import q8_0_blocks
 from tests.models.paged import make_batch
 from tests.ops.test_attention import naive
 
@@ -50,8 +53,8 @@ def make(
     random.Random(0).shuffle(free)
     cache = cpu_kernels.new_cache(LayerState(heads[1], *head_lengths), num_blocks, 16, dtype, torch.device("cpu"))
     assert not cache.key.any() and not cache.value.any()
-    cache.key.fill_(torch.nan)
-    cache.value.fill_(torch.nan)
+    for store in (cache.key, cache.value):
+        store.fill_(255 if dtype is torch.uint8 else torch.nan)
     s = Sequences([], [], [], [], cache)
     for length in lengths:
         s.tables.append([free.pop() for _ in range(-(-length // 16))])
@@ -59,20 +62,27 @@ def make(
         k, v = (torch.randn(length, heads[1], d, generator=generator) for d in head_lengths)
         batch = make_batch([s.tables[-1]], [length], [length], 16)
         cpu_kernels.write_kv(k, v, cache, batch.slot_mapping)
-        s.k.append(k.to(dtype).float())
-        s.v.append(v.to(dtype).float())
+        s.k.append(held(k, dtype))
+        s.v.append(held(v, dtype))
     return s
+
+
+def held(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache of this type keeps of x; uint8 is q8_0."""
+    return dequantize(q8_0_blocks(x), GGMLType.Q8_0, x.shape) if dtype is torch.uint8 else x.to(dtype).float()
 
 
 def bound(s: Sequences, i: int, **options: Any) -> Tensor:
     """Of a float32 answer's error. A chain of n roundings strays by less than 8 sqrt(n) of them (Higham and Mary 2019: but for
-    a chance of 1e-13); an error of a score moves its weight by twice that relatively; exp and tanh are good to 4 roundings."""
+    a chance of 1e-13); an error of a score moves its weight by twice that relatively; exp and tanh are good to 4 roundings.
+    A scale of q8_0 is one rounding more for each term of either sum."""
     length, heads, d = s.q[i].shape
+    scaled = 2**0.5 if s.cache.key.dtype is torch.uint8 else 1.0
     k = s.k[i].repeat_interleave(heads // s.k[i].shape[1], 1)
     score = float(torch.einsum("qhd,khd->hqk", s.q[i].abs(), k.abs()).max()) * options["scale"]
-    moved = 2 * (8 * d**0.5 * score + 8 * options.get("cap", 0.0) + 8)
+    moved = 2 * (scaled * 8 * d**0.5 * score + 8 * options.get("cap", 0.0) + 8)
     magnitude = Sequences(s.q, s.k, [v.abs() for v in s.v], s.tables, s.cache)
-    return (moved + 8 * length**0.5) * ROUNDING * naive(magnitude, i, **options) + 1e-37  # type: ignore[arg-type]
+    return (moved + scaled * 8 * length**0.5) * ROUNDING * naive(magnitude, i, **options) + 1e-37  # type: ignore[arg-type]
 
 
 SINKS = torch.tensor([0.5, -1.0, 3.0, 0.0])
@@ -100,8 +110,9 @@ def _check(s: Sequences, **options: Any) -> float:
 
 
 def check_options() -> float:
-    s = make(LENGTHS)
-    return max(_check(s, scale=0.2, **options) for options in OPTIONS.values())
+    s, q8 = make(LENGTHS), make(LENGTHS, head_lengths=(32, 96), dtype=torch.uint8)
+    worst = max(_check(q8, scale=0.2, **OPTIONS[name]) for name in ("plain", "all", "both-sides-window"))
+    return max(worst, *(_check(s, scale=0.2, **options) for options in OPTIONS.values()))
 
 
 def check_shapes() -> float:
@@ -110,17 +121,21 @@ def check_shapes() -> float:
     worst = 0.0
     for length in (16, 48, 64, 80, 96, 128, 192, 256):
         worst = max(worst, _check(make([1, 33, 300], (2, 1), (length, 272 - length), next(dtypes)), scale=length**-0.5))
+    for length in (32, 64, 96, 128, 256):
+        worst = max(worst, _check(make([1, 33, 300], (2, 1), (length, 288 - length), torch.uint8), scale=length**-0.5))
     for group in range(1, 10):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             worst = max(worst, _check(make([40, 1, 18], (2 * group, 2), (16, 32), dtype), scale=0.3, window=30))
+        worst = max(worst, _check(make([40, 1, 18], (2 * group, 2), (32, 64), torch.uint8), scale=0.3, window=30))
     return worst
 
 
 def check_batches_and_chunks() -> None:
     """In chunks, beside other sequences, one row at a time, on any number of threads: no bit of a row changes."""
     lengths = [600, 70, 291]
-    for name in ("plain", "window", "window-257", "cap", "sinks", "all"):
-        s, options = make(lengths, dtype=torch.float16), {"scale": 0.2, **OPTIONS[name]}
+    cases = [(name, torch.float16) for name in ("plain", "window", "window-257", "cap", "sinks", "all")]
+    for name, dtype in (*cases, ("plain", torch.uint8), ("all", torch.uint8)):
+        s, options = make(lengths, head_lengths=(32, 96), dtype=dtype), {"scale": 0.2, **OPTIONS[name]}
         whole = s.run([0, 1, 2], lengths, lengths, **options)
         for cuts in ([0, 1, 8, 9, 130, 257, 600], [0, 255, 256, 513, 600], [0, 599, 600]):
             for start, stop in itertools.pairwise(cuts):
@@ -159,6 +174,38 @@ def check_write_kv() -> None:
         assert (keys[rest] == -1.0).all() and (values[rest] == -1.0).all()
 
 
+def check_write_q8_0() -> None:
+    """The bits are the reference's: plain rows, tiny ones down to where the scale is a subnormal half or none, and bad ones."""
+    cache = cpu_kernels.new_cache(LayerState(2, 64, 32), 3, 16, torch.uint8, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(40, 2, 64, generator=generator), torch.randn(40, 2, 32, generator=generator)
+    for i in range(40):
+        k[i, 1] *= 10.0 ** (i % 11 - 7)
+    k[0, 0, 5], k[1, 0, 40], k[2, 0, 3], v[3, 1, 0] = torch.nan, torch.inf, 1e30, -torch.inf
+    k[4], v[5, 0, 1:] = 0.0, 0.0
+    slots = torch.randperm(48, generator=generator)[:40]
+    cpu_kernels.write_kv(k, v, cache, slots)
+    for store, new, keys in ((cache.key, k, True), (cache.value, v, False)):
+        blocks = q8_0_blocks(new).view(40, 2, -1, 34)
+        quants, scales = (
+            store[..., :512],
+            store[..., 512:].contiguous().view(torch.float16),
+        )  # (blocks, heads, groups, 512 or 16)
+        by_token = quants.unflatten(-1, (32, 16)).movedim(-1, 1) if keys else quants.unflatten(-1, (16, 32)).movedim(-2, 1)
+        assert torch.equal(by_token.flatten(0, 1)[slots], blocks[..., 2:])
+        expected = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+        torch.testing.assert_close(scales.movedim(-1, 1).flatten(0, 1)[slots], expected, rtol=0, atol=0, equal_nan=True)
+        rest = [slot for slot in range(48) if slot not in slots.tolist()]
+        assert not by_token.flatten(0, 1)[rest].any() and not scales.movedim(-1, 1).flatten(0, 1)[rest].any()
+    good = torch.ones(40, dtype=torch.bool)
+    good[:4] = False  # half a step, of max|x| / 127 as a half: exact to 2^-11, or to 2^-25 where that is subnormal
+    step = k[good].view(-1, 32).abs().amax(1, keepdim=True) / 127
+    error = (held(k[good], torch.uint8) - k[good]).view(-1, 32).abs()
+    assert (error <= step * (0.5 + 2**-11) + 127 * 2**-25).all()
+    plain = k[good].view(-1, 32).abs().amax(1) > 127 * 2**-14
+    assert (error[plain] <= step[plain] * (0.5 + 2**-11)).all()
+
+
 def check_nan_in_a_sequence() -> None:
     """A sequence with NaN among its values harms no other sequence of the batch."""
     lengths = [40, 20]
@@ -171,4 +218,4 @@ def check_nan_in_a_sequence() -> None:
 
 
 def checks() -> list[Any]:
-    return [check_options, check_shapes, check_batches_and_chunks, check_write_kv, check_nan_in_a_sequence]
+    return [check_options, check_shapes, check_batches_and_chunks, check_write_kv, check_write_q8_0, check_nan_in_a_sequence]

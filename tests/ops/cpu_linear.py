@@ -153,6 +153,32 @@ def check_values() -> dict[str, tuple[float, float]]:
     return worst
 
 
+def check_precise() -> dict[str, float]:
+    """Type -> largest error to float32 activations as a share of the bound: roundings of three planes, each a sum over groups,
+    and what the planes leave of an activation: half a step of the last, 2^-24 of the group's largest, and two roundings."""
+    worst: dict[str, float] = {}
+    for type in QUANTIZED:
+        weight = make_weight(type, 37, 3 if TYPES[type].block_size == 256 else 17)
+        packed = cpu_kernels.prepare_precise(weight, CPU)
+        assert packed.planes == cpu_kernels.PLANES
+        x = activations(40, weight.shape[1])
+        wide = weight.dequantize().double()
+        lost = (x.double().view(40, -1, 32).abs().amax(-1) * 3 * ROUNDING + 4e-37) @ wide.abs().view(37, -1, 32).sum(-1).T
+        # A plane's quants reach to the group's largest, whatever the sizes beside it.
+        top = x.double().view(40, -1, 32).abs().amax(-1, keepdim=True).expand(-1, -1, 32).reshape(40, -1)
+        bound = lost + 2 * rounding_bound(weight, top)
+        whole = cpu_kernels.linear(x, packed)
+        worst[type.name] = _share(whole, x.double() @ wide.T, bound)
+        assert worst[type.name] <= 1.0, (type.name, worst)
+        for rows in (1, 2, 5, 9):
+            assert torch.equal(cpu_kernels.linear(x[3 : 3 + rows], packed), whole[3 : 3 + rows]), type
+        bias = torch.randn(37)
+        assert torch.equal(cpu_kernels.linear(x, packed, bias), whole + bias)
+        plain = cpu_kernels.linear(x, cpu_kernels.prepare_linear(weight, CPU))
+        assert (plain.double() - x.double() @ wide.T).norm() > 50 * (whole.double() - x.double() @ wide.T).norm(), type
+    return worst
+
+
 def check_rows_are_alone() -> None:
     """A row's bits are the same alone, in any batch, beside anything, on any number of threads."""
     for weight, packed in _cases(sorted(cpu_kernels.PACKED)):
@@ -187,4 +213,4 @@ def check_bad_numbers() -> None:
 
 
 def checks() -> list[Any]:
-    return [check_pack, check_rows, check_values, check_rows_are_alone, check_bad_numbers]
+    return [check_pack, check_rows, check_values, check_precise, check_rows_are_alone, check_bad_numbers]

@@ -7,12 +7,13 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
 
-from ollamapy import ops
-from ollamapy.engine.batch import Batch, KVCache
+from ollamapy import ops, reference
+from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.reference import attention as paged
 from tests.models.paged import make_batch
 
@@ -154,6 +155,25 @@ def test_cache_in_half_precision(dtype: torch.dtype) -> None:
     s = make([100])
     s.cache = KVCache(s.cache.key.to(dtype), s.cache.value.to(dtype))
     s.k, s.v = [s.k[0].to(dtype).float()], [s.v[0].to(dtype).float()]
+    out = run(s, [0], [100], [100], scale=0.2)[0]
+    torch.testing.assert_close(out.double(), naive(s, 0, scale=0.2), rtol=1e-5, atol=2e-6)
+
+
+def test_cache_in_q8_0() -> None:
+    """Values are those of keys and values that gguf-py decodes from the blocks; these are near those written."""
+    s = make([100], key_length=64, value_length=32)
+    plain = s.k[0], s.v[0]
+    s.cache = reference.new_cache(LayerState(2, 64, 32), s.cache.key.shape[0], 16, torch.uint8, torch.device("cpu"))
+    batch = make_batch(s.tables, [100], [100], 16)
+    ops.write_kv(*plain, s.cache, batch.slot_mapping)
+    held = [
+        torch.from_numpy(gguf.dequantize(store.flatten(0, 1)[batch.slot_mapping].numpy(), gguf.GGMLQuantizationType.Q8_0))
+        for store in (s.cache.key, s.cache.value)
+    ]
+    for before, after in zip(plain, held, strict=True):
+        step = before.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+        assert ((after - before).unflatten(-1, (-1, 32)).abs() <= step * (0.5 + 2**-11)).all()
+    s.k, s.v = [held[0]], [held[1]]
     out = run(s, [0], [100], [100], scale=0.2)[0]
     torch.testing.assert_close(out.double(), naive(s, 0, scale=0.2), rtol=1e-5, atol=2e-6)
 

@@ -117,6 +117,7 @@ def test_rms_norm_refuses(csrc: Any, call: Callable[[Any], Any], problem: str) -
         call(csrc)
 
 
+Q8_CACHE = torch.zeros(4, 1, 1, 544, dtype=torch.uint8)
 ATTENTION: dict[str, Any] = {
     "q": torch.zeros(3, 32),
     "key": torch.zeros(4, 1, 16, 16),
@@ -145,13 +146,24 @@ def _ints(*values: Any) -> Tensor:
         ({"q": torch.zeros(32, 3).T}, r"q is not \(tokens, 32\)"),
         ({"q": torch.zeros(4, 32)}, "query_start does not span 4 tokens"),
         ({"key": torch.zeros(4, 16, 16)}, "the cache has not four dimensions"),
-        ({"key": torch.zeros(4, 1, 16, 32)}, r"key cache is not \(4, 1, 16, 16\)"),
+        ({"key": torch.zeros(4, 1, 16, 32)}, "key cache is not that of 4 blocks, 1 heads of 16"),
         (
             {"key": torch.zeros(4, 1, 24, 16), "q": torch.zeros(3, 48)},
             "head lengths 24 and 16 are not multiples of 16 up to 256",
         ),
         ({"value": torch.zeros(4, 1, 16, 272)}, "head lengths 16 and 272 are not multiples of 16 up to 256"),
-        ({"value": torch.zeros(3, 1, 16, 16)}, r"value cache is not \(4, 1, 16, 16\)"),
+        ({"value": torch.zeros(3, 1, 16, 16)}, "value cache is not that of 4 blocks, 1 heads of 16"),
+        ({"key": Q8_CACHE, "q": torch.zeros(3, 64)}, "value cache has the wrong dtype"),
+        ({"key": Q8_CACHE, "value": Q8_CACHE}, r"q is not \(tokens, 64\)"),
+        (
+            {"key": Q8_CACHE, "value": Q8_CACHE[:3], "q": torch.zeros(3, 64)},
+            "value cache is not that of 4 blocks, 1 heads of 32",
+        ),
+        ({"key": Q8_CACHE[..., :16], "value": Q8_CACHE, "q": torch.zeros(3, 64)}, "the cache is not contiguous"),
+        (
+            {"key": Q8_CACHE[..., :16].contiguous(), "value": Q8_CACHE, "q": torch.zeros(3, 64)},
+            "key cache is not that of 4 blocks",
+        ),
         ({"value": torch.zeros(4, 1, 16, 16).half()}, "value cache has the wrong dtype"),
         ({"key": torch.zeros(4, 1, 16, 16).double(), "value": torch.zeros(4, 1, 16, 16).double()}, "cache of another dtype"),
         ({"key": torch.zeros(4, 1, 16, 32)[..., ::2]}, "the cache is not contiguous"),
@@ -212,27 +224,39 @@ def test_write_kv_refuses(csrc: Any, change: dict[str, Any], problem: str) -> No
 LAYER: dict[str, Any] = {
     "tiles": [torch.zeros(n // 16, 16 * k * 4, dtype=torch.uint8) for n, k in ((32, 16), (16, 16), (16, 16), (16, 32))]
     + [torch.zeros(2, 1024, dtype=torch.uint8)] * 2
-    + [torch.zeros(1, 2048, dtype=torch.uint8)],
-    "types": [0] * 7,
-    "rows": [32, 16, 16, 16, 32, 32, 16],
-    "columns": [16, 16, 16, 32, 16, 16, 32],
-    "biases": [torch.zeros(0)] * 7,
+    + [torch.zeros(1, 2048, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)],
+    "types": [0] * 8,
+    "rows": [32, 16, 16, 16, 32, 32, 16, 0],
+    "columns": [16, 16, 16, 32, 16, 16, 32, 0],
+    "biases": [torch.zeros(0)] * 8,
     "vectors": [torch.ones(16), torch.zeros(0), torch.ones(16)] + [torch.zeros(0)] * 4,
-    "facts": [2, 1, 16, 16, 0, 1, 16, 1, 0, 0, 0],
-    "scale": 1.0,
-    "softcap": 0.0,
-    "eps": 1e-5,
+    "facts": [2, 1, 16, 16, 0, 1, 16, 1, 0, 0, 0, 0, 0, 0, 0, 1],
+    "numbers": [1.0, 0.0, 1e-5, 1.0],
+}
+EXPERTS: dict[str, Any] = {  # three, of which a token uses two
+    **LAYER,
+    "tiles": LAYER["tiles"][:4]
+    + [torch.zeros(3, 2, 1024, dtype=torch.uint8)] * 2
+    + [torch.zeros(3, 1, 2048, dtype=torch.uint8), torch.zeros(1, 1024, dtype=torch.uint8)],
+    "rows": [*LAYER["rows"][:7], 3],
+    "columns": [*LAYER["columns"][:7], 16],
+    "facts": [*LAYER["facts"][:11], 3, 2, 0, 1, 1],
 }
 
 
-def _with(name: str, index: int, value: Any) -> dict[str, Any]:
-    return {name: [value if i == index else old for i, old in enumerate(LAYER[name])]}
+def _with(name: str, index: int, value: Any, layer: dict[str, Any] = LAYER) -> dict[str, Any]:
+    return {name: [value if i == index else old for i, old in enumerate(layer[name])]}
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"types": [0] * 6}, "lists of the wrong length"),
+        ({"types": [0] * 7}, "lists of the wrong length"),
+        ({"numbers": [1.0]}, "lists of the wrong length"),
+        (_with("facts", 15, 0), "0 planes"),
+        (_with("facts", 15, 4), "4 planes"),
+        (_with("facts", 11, 3), "0 of 3 experts"),
+        (_with("facts", 12, 1), "1 of 0 experts"),
         (_with("types", 2, 99), "no kernel for tensor type 99"),
         (_with("rows", 0, 40), r"weight of shape \(40, 16\)"),
         (_with("rows", 0, 48), "tiles of another shape"),
@@ -258,6 +282,28 @@ def test_layers_that_do_not_fit_are_refused(csrc: Any, change: dict[str, Any], p
     csrc.layer_free(csrc.layer_new(**LAYER))
     with pytest.raises(RuntimeError, match=f"layer_new: {problem}"):
         csrc.layer_new(**{**LAYER, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (_with("facts", 11, 2, EXPERTS), "tiles of another shape"),
+        (_with("facts", 11, 5000, EXPERTS), "5000 experts"),
+        (_with("facts", 11, -1, EXPERTS), "-1 experts"),
+        (_with("facts", 12, 4, EXPERTS), "4 of 3 experts"),
+        (_with("facts", 12, 0, EXPERTS), "0 of 3 experts"),
+        (_with("facts", 13, 3, EXPERTS), "gating 3"),
+        (_with("tiles", 4, LAYER["tiles"][4], EXPERTS), "tiles has 2 dimensions, not 3"),
+        (_with("tiles", 5, torch.zeros(0, dtype=torch.uint8), EXPERTS), "feed-forward weights do not fit"),
+        (_with("tiles", 7, torch.zeros(0, dtype=torch.uint8), EXPERTS), "experts and router come together"),
+        (_with("rows", 7, 4, EXPERTS), "router and experts do not fit"),
+        (_with("biases", 6, torch.zeros(16), EXPERTS), "experts have no bias"),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(csrc: Any, change: dict[str, Any], problem: str) -> None:
+    csrc.layer_free(csrc.layer_new(**EXPERTS))
+    with pytest.raises(RuntimeError, match=f"layer_new: {problem}"):
+        csrc.layer_new(**{**EXPERTS, **change})
 
 
 DECODER: dict[str, Any] = {
@@ -296,7 +342,8 @@ DECODER: dict[str, Any] = {
         ({"ropes": []}, "layer 0 has no rope table"),
         ({"ropes": [torch.ones(20, 8)]}, "layer 0 has no rope table"),
         ({"ropes": [torch.ones(20, 32)[:, ::2]]}, "a rope table is not contiguous"),
-        ({"keys": [torch.zeros(4, 2, 16, 16)]}, r"key cache is not \(4, 1, 16, 16\)"),
+        ({"keys": [torch.zeros(4, 2, 16, 16)]}, "key cache is not that of 4 blocks, 1 heads of 16"),
+        ({"keys": [Q8_CACHE], "values": [Q8_CACHE]}, "heads of 16 and 16 are not whole blocks of q8_0"),
         ({"values": [torch.zeros(4, 1, 16, 16).half()]}, "value cache has the wrong dtype"),
         ({"temperature": torch.ones(2)}, r"temperature is not a contiguous \(3\)"),
     ],

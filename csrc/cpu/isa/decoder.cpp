@@ -1,14 +1,16 @@
 // Decoder layers inside one parallel run. Compiled once per instruction set.
 //
 // A layer: norm + quantize | q, k, v | head norms, rope, cache write | attention | quantize | output projection | residual,
-// norm + quantize | gate, up | activation + quantize | down | residual. Threads meet at each bar; nothing is allocated.
+// norm + quantize | gate, up | activation + quantize | down | residual. With experts: norm + quantize | router | choose | sort |
+// gather | gate, up | activation + quantize | down | weighted sum. Threads meet at each bar; nothing is allocated.
 // Rows of the batch are independent in every part, so a row's result does not depend on what it is batched with.
 #include "../decoder.h"
 
 #include "../team.h"
 #include "attention.h"
+#include "experts.h"
 #include "families.h"
-#include "quantize.h"
+#include "precise.h"
 
 namespace ollamapy::OLLAMAPY_ISA {
 namespace {
@@ -48,42 +50,48 @@ void rotate(float* x, const float* table, int n_rot, int kind) {
   }
 }
 
-// Tiles of several weights over the same activations, shared out as one list of pairs so that threads stay even.
-struct Job {
-  const Weight* w;
-  float* y;
-};
-void matmul_jobs(const Thread& thread, const Job* jobs, int count, const uint8_t* acts, int64_t m, int64_t ldy) {
-  int64_t total = 0, begin, end;
-  for (int j = 0; j < count; j++) total += (jobs[j].w->tile_count() + 1) / 2;
-  thread.share(total, begin, end);
-  for (int j = 0; j < count; j++) {
-    const Weight& w = *jobs[j].w;
-    const int64_t tiles = w.tile_count(), pairs = (tiles + 1) / 2;
-    const int64_t b = begin < 0 ? 0 : begin, e = end < pairs ? end : pairs;
-    begin -= pairs;
-    end -= pairs;
-    if (b >= e) continue;
-    const int64_t first = 2 * b, last = 2 * e < tiles ? 2 * e : tiles;
-    w.kernels->matmul(w.tiles, w.k, acts, m, jobs[j].y, ldy, first, last);
+// Tiles of several matmuls, shared out as one list of pairs so that threads stay even. A pair costs as much as its rows and,
+// for its weights to come from memory, some rows more.
+constexpr int64_t kReadingCost = 4;
+void matmul_jobs(const Thread& thread, const Job* jobs, int64_t count, int64_t ldy, int layer_planes) {
+  const auto planes_of = [&](const Job& job) { return job.w->kernels->dense ? 1 : layer_planes; };
+  const auto cost_of = [&](const Job& job) { return job.m * planes_of(job) + kReadingCost; };
+  int64_t total = 0, low, high;
+  for (int64_t j = 0; j < count; j++) total += (jobs[j].w->tile_count() + 1) / 2 * cost_of(jobs[j]);
+  thread.share(total, low, high);
+  for (int64_t j = 0; j < count; j++) {
+    const Job& job = jobs[j];
+    const Weight& w = *job.w;
+    const int planes = planes_of(job);
+    const int64_t tiles = w.tile_count(), pairs = (tiles + 1) / 2, cost = cost_of(job);
+    const auto pair_at = [&](int64_t at) { return at <= 0 ? 0 : at < pairs * cost ? (at + cost - 1) / cost : pairs; };
+    const int64_t begin = pair_at(low), end = pair_at(high);
+    low -= pairs * cost;
+    high -= pairs * cost;
+    if (begin >= end) continue;
+    const int64_t first = 2 * begin, last = 2 * end < tiles ? 2 * end : tiles;
+    w.kernels->matmul(job.tiles, w.k, job.acts, job.m * planes, job.y, ldy, first, last);
+    if (planes > 1) add_planes(job.y, ldy, job.m, planes, 16 * first, 16 * last);
     if (!w.bias) continue;
-    for (int64_t i = 0; i < m; i++)
-      for (int64_t c = 16 * first; c < 16 * last && c < w.n; c++) jobs[j].y[i * ldy + c] += w.bias[c];
+    for (int64_t i = 0; i < job.m; i++)
+      for (int64_t c = 16 * first; c < 16 * last && c < w.n; c++) job.y[i * ldy + c] += w.bias[c];
   }
 }
 
 template <CacheType C>
 void write_token(const AttentionShape& a, const Cache& cache, int64_t slot, const float* k, const float* v) {
-  const int64_t block = slot / 16, lane = slot % 16;
+  const int64_t block = slot / 16;
+  const int lane = int(slot % 16);
   for (int h = 0; h < a.kv_heads; h++) {
     const int64_t head = block * a.kv_heads + h;
-    store_cache<C>(cache.keys + (head * a.key_length * 16 + lane) * kCacheBytes<C>, 16, k + h * a.key_length, a.key_length);
-    store_cache<C>(cache.values + (head * 16 + lane) * a.value_length * kCacheBytes<C>, 1, v + h * a.value_length, a.value_length);
+    store_cache<C, true>(cache.keys + head * head_bytes<C>(a.key_length), lane, k + h * a.key_length, a.key_length);
+    store_cache<C, false>(cache.values + head * head_bytes<C>(a.value_length), lane, v + h * a.value_length, a.value_length);
   }
 }
 void write_token(const AttentionShape& a, const Cache& cache, int64_t slot, const float* k, const float* v) {
   if (cache.type == kCacheF16) write_token<kCacheF16>(a, cache, slot, k, v);
   else if (cache.type == kCacheBF16) write_token<kCacheBF16>(a, cache, slot, k, v);
+  else if (cache.type == kCacheQ8_0) write_token<kCacheQ8_0>(a, cache, slot, k, v);
   else write_token<kCacheF32>(a, cache, slot, k, v);
 }
 
@@ -136,6 +144,7 @@ void attend(const AttentionShape& a, const Tokens& t, const Cache& cache, const 
     const int head = int(i % a.kv_heads);
     if (cache.type == kCacheF16) attend_item<kCacheF16>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
     else if (cache.type == kCacheBF16) attend_item<kCacheBF16>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
+    else if (cache.type == kCacheQ8_0) attend_item<kCacheQ8_0>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
     else attend_item<kCacheF32>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
   }
 }
@@ -154,11 +163,7 @@ void gate_row(float* gate, const float* up, int64_t n, int kind) {
   }
 }
 
-// A row as the next matmul takes it.
-void record(const float* x, int64_t k, const Weight& w, uint8_t* acts, int64_t i) {
-  if (w.kernels->dense) memcpy(acts + i * k * 4, x, size_t(k) * 4);
-  else quantize_row(x, k, acts + i * activation_bytes(k));
-}
+int64_t record_bytes(const Weight& w) { return w.kernels->dense ? w.k * 4 : activation_bytes(w.k); }
 
 struct LayerRun {
   const Thread& thread;
@@ -168,58 +173,131 @@ struct LayerRun {
   const Cache& cache;
   float* hidden;
   int64_t length;
-  float* row;     // this thread's
   int64_t* next;  // this layer's
   int64_t begin, end;  // this thread's tokens
 
-  void norm(const float* w, const Weight& into) const {
-    for (int64_t i = begin; i < end; i++) {
-      rms_norm(hidden + i * length, w, row, length, l.eps);
-      record(row, length, into, b.acts, i);
-    }
+  float* row() const { return b.rows + thread.index * 2 * b.ldrow; }
+  int planes(const Weight& w) const { return w.kernels->dense ? 1 : l.planes; }
+  // Row i of `rows` as the matmul of w takes it.
+  void record(const float* x, const Weight& w, uint8_t* acts, int64_t i, int64_t rows) const {
+    if (w.kernels->dense) memcpy(acts + i * w.k * 4, x, size_t(w.k) * 4);
+    else quantize_planes(x, w.k, acts, i, rows, l.planes, row() + b.ldrow);
   }
-  void residual(const float* post_norm) const {
-    for (int64_t i = begin; i < end; i++) {
-      float *h = hidden + i * length, *y = b.out + i * b.ldout;
-      if (post_norm) rms_norm(y, post_norm, y, length, l.eps);
-      for (int64_t c = 0; c < length; c++) h[c] += y[c];
-    }
+  Job job(const Weight& w, float* y) const { return {&w, w.tiles, b.acts, y, t.num_tokens}; }
+  void multiply(const Job* jobs, int64_t count, int64_t ldy) const {
+    thread.meet();
+    matmul_jobs(thread, jobs, count, ldy, l.planes);
+    thread.meet();
   }
+  void add(int64_t i, float* y, const float* post_norm) const {
+    float* h = hidden + i * length;
+    if (post_norm) rms_norm(y, post_norm, y, length, l.eps);
+    for (int64_t c = 0; c < length; c++) h[c] += y[c];
+  }
+
   void attention() const {
     const AttentionShape& a = l.attention;
     const int64_t k_at = int64_t(a.heads) * a.key_length, v_at = k_at + int64_t(a.kv_heads) * a.key_length;
-    norm(l.attn_norm, l.q);
-    thread.meet();
-    const Job jobs[] = {{&l.q, b.qkv}, {&l.k, b.qkv + k_at}, {&l.v, b.qkv + v_at}};
-    matmul_jobs(thread, jobs, l.k.kernels ? 3 : 1, b.acts, t.num_tokens, b.ldqkv);
-    thread.meet();
+    for (int64_t i = begin; i < end; i++) {
+      rms_norm(hidden + i * length, l.attn_norm, row(), length, l.eps);
+      record(row(), l.q, b.acts, i, t.num_tokens);
+    }
+    const Job jobs[] = {job(l.q, b.qkv), job(l.k, b.qkv + k_at), job(l.v, b.qkv + v_at)};
+    multiply(jobs, l.k.kernels ? 3 : 1, b.ldqkv);
     for (int64_t i = begin; i < end; i++) prepare_heads(l, t, cache, b.qkv + i * b.ldqkv, i);
     thread.meet();
     attend(a, t, cache, l.sinks, b.qkv, b.ldqkv, b.attn, b.ldattn, next);
     thread.meet();
-    for (int64_t i = begin; i < end; i++) record(b.attn + i * b.ldattn, l.o.k, l.o, b.acts, i);
-    thread.meet();
-    const Job out[] = {{&l.o, b.out}};
-    matmul_jobs(thread, out, 1, b.acts, t.num_tokens, b.ldout);
-    thread.meet();
-    residual(l.post_attn_norm);
+    for (int64_t i = begin; i < end; i++) record(b.attn + i * b.ldattn, l.o, b.acts, i, t.num_tokens);
+    const Job out = job(l.o, b.out);
+    multiply(&out, 1, b.ldout);
+    for (int64_t i = begin; i < end; i++) add(i, b.out + i * b.ldout, l.post_attn_norm);
   }
+
   void feed_forward() const {
-    norm(l.ffn_norm, l.gate);
-    thread.meet();
-    const Job jobs[] = {{&l.gate, b.ffn}, {&l.up, b.ffn + l.down.k}};
-    matmul_jobs(thread, jobs, l.up.kernels ? 2 : 1, b.acts, t.num_tokens, b.ldffn);
-    thread.meet();
+    for (int64_t i = begin; i < end; i++) {
+      rms_norm(hidden + i * length, l.ffn_norm, row(), length, l.eps);
+      record(row(), l.gate, b.acts, i, t.num_tokens);
+    }
+    const Job jobs[] = {job(l.gate, b.ffn), job(l.up, b.ffn + l.down.k)};
+    multiply(jobs, l.up.kernels ? 2 : 1, b.ldffn);
     for (int64_t i = begin; i < end; i++) {
       float* gate = b.ffn + i * b.ldffn;
       gate_row(gate, gate + l.down.k, l.down.k, l.gate_kind);
-      record(gate, l.down.k, l.down, b.acts, i);
+      record(gate, l.down, b.acts, i, t.num_tokens);
+    }
+    const Job down = job(l.down, b.out);
+    multiply(&down, 1, b.ldout);
+    for (int64_t i = begin; i < end; i++) add(i, b.out + i * b.ldout, l.post_ffn_norm);
+  }
+
+  // The rows of an expert's entries stand together, one plane of them after the other.
+  int64_t entries(int expert) const { return b.entries.start[expert + 1] - b.entries.start[expert]; }
+  int64_t row_of(int64_t entry, int planes) const {  // the first plane's
+    const int64_t start = b.entries.start[b.entries.expert[entry]];
+    return start * planes + entry - start;
+  }
+  void list(const Weight& w, float* y, int64_t ldy, const uint8_t* acts, Job* to) const {
+    for (int e = 0; e < l.routing.experts; e++) {
+      const int64_t first = int64_t(b.entries.start[e]) * planes(w), m = entries(e);
+      if (m) *to++ = {&w, w.tiles + e * w.expert_bytes, acts + first * record_bytes(w), y + first * ldy, m};
+    }
+  }
+  int64_t in_use() const {
+    int64_t count = 0;
+    for (int e = 0; e < l.routing.experts; e++) count += entries(e) > 0;
+    return count;
+  }
+
+  void choose() const {
+    const Routing& r = l.routing;
+    for (int64_t i = begin; i < end; i++) {  // the router's rows lie where those of the entries will
+      rms_norm(hidden + i * length, l.ffn_norm, row(), length, l.eps);
+      record(row(), l.router, b.gathered, i, t.num_tokens);
+      record(row(), l.gate, b.acts, i, t.num_tokens);
+    }
+    const Job router = {&l.router, l.router.tiles, b.gathered, b.logits, t.num_tokens};
+    multiply(&router, 1, b.ldlogits);
+    for (int64_t i = begin; i < end; i++) route(b.logits + i * b.ldlogits, r.experts, r, b.entries.ids + i * r.used, b.entries.weights + i * r.used);
+    thread.meet();
+    if (thread.index == 0) {
+      sort_entries(b.entries.ids, t.num_tokens, r.used, r.experts, b.entries);
+      list(l.gate, b.ffn, b.ldffn, b.gathered, b.jobs);
+      list(l.up, b.ffn + l.down.k, b.ldffn, b.gathered, b.jobs + in_use());
     }
     thread.meet();
-    const Job down[] = {{&l.down, b.out}};
-    matmul_jobs(thread, down, 1, b.acts, t.num_tokens, b.ldout);
-    thread.meet();
-    residual(l.post_ffn_norm);
+  }
+  void gather(int64_t entry) const {
+    const int64_t bytes = record_bytes(l.gate), token = b.entries.token[entry], m = entries(b.entries.expert[entry]);
+    const int64_t to = row_of(entry, planes(l.gate));
+    for (int p = 0; p < planes(l.gate); p++)
+      memcpy(b.gathered + (to + p * m) * bytes, b.acts + (p * t.num_tokens + token) * bytes, size_t(bytes));
+  }
+  void experts() const {
+    choose();
+    const int used = l.routing.used;
+    const int64_t count = in_use();
+    int64_t first, last;
+    thread.share(t.num_tokens * used, first, last);
+    for (int64_t e = first; e < last; e++) gather(e);
+    multiply(b.jobs, 2 * count, b.ldffn);
+    for (int64_t e = first; e < last; e++) {
+      const int expert = b.entries.expert[e], start = b.entries.start[expert];
+      float* gate = b.ffn + row_of(e, planes(l.gate)) * b.ldffn;
+      gate_row(gate, gate + l.down.k, l.down.k, l.gate_kind);
+      record(gate, l.down, b.acts + int64_t(start) * planes(l.down) * record_bytes(l.down), e - start, entries(expert));
+    }
+    if (thread.index == 0) list(l.down, b.out, b.ldout, b.acts, b.jobs);
+    multiply(b.jobs, count, b.ldout);
+    for (int64_t i = begin; i < end; i++) {
+      float* sum = row();
+      for (int place = 0; place < used; place++) {
+        const float* y = b.out + row_of(b.entries.slot[i * used + place], planes(l.down)) * b.ldout;
+        const float weight = b.entries.weights[i * used + place];
+        for (int64_t c = 0; c < length; c++) sum[c] = place ? sum[c] + weight * y[c] : weight * y[c];
+      }
+      add(i, sum, l.post_ffn_norm);
+    }
   }
 };
 
@@ -229,12 +307,12 @@ void run_decoder(const DecoderRun& run, int index, int count) {
   const Thread thread{index, count};
   int64_t begin, end;
   thread.share(run.tokens[0]->num_tokens, begin, end);
-  float* row = run.buffers->rows + index * run.length;
   for (int64_t i = 0; i < run.num_layers; i++) {
-    const LayerRun layer{thread, *run.layers[i], *run.tokens[i], *run.buffers, run.caches[i], run.hidden, run.length, row,
+    const LayerRun layer{thread, *run.layers[i], *run.tokens[i], *run.buffers, run.caches[i], run.hidden, run.length,
                          run.buffers->next + i, begin, end};
     layer.attention();
-    layer.feed_forward();
+    if (layer.l.routing.experts) layer.experts();
+    else layer.feed_forward();
   }
 }
 
@@ -245,6 +323,12 @@ void norm_rows(const float* x, const float* w, float* y, int64_t n, float eps, i
 void quantize_rows(const float* x, int64_t ldx, int64_t k, uint8_t* acts, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) quantize_row(x + i * ldx, k, acts + i * activation_bytes(k));
 }
+
+void quantize_rows_planes(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) quantize_planes(x + i * k, k, acts, i, rows, planes, rest);
+}
+
+void sum_planes(float* y, int64_t ldy, int64_t m, int planes, int64_t begin, int64_t end) { add_planes(y, ldy, m, planes, begin, end); }
 
 void run_attention(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, float* y, int64_t* next) {
   attend(a, t, cache, sinks, q, int64_t(a.heads) * a.key_length, y, int64_t(a.heads) * a.value_length, next);
