@@ -272,7 +272,7 @@ def test_request(tmp_path: Path) -> None:
     (tmp_path / "lora2.gguf").write_bytes(b"2")
     text = (
         "FROM ./a.gguf\nFROM sub\nADAPTER lora1.gguf\nADAPTER lora2.gguf\nPARAMETER stop a\nPARAMETER stop b\n"
-        "PARAMETER top_k 3\nPARAMETER top_k 5\nPARAMETER mirostat 1\nSYSTEM one\nSYSTEM two\nLICENSE x\nLICENSE y\n"
+        "PARAMETER top_k 3\nPARAMETER top_k 5\nPARAMETER penalize_newline 1\nSYSTEM one\nSYSTEM two\nLICENSE x\nLICENSE y\n"
         "MESSAGE user hi\nREQUIRES v0.14\nQUANTIZE q4_K_M\n"
     )
     steps: list[tuple[str, int, int]] = []
@@ -290,7 +290,7 @@ def test_request(tmp_path: Path) -> None:
         "quantize": "q4_K_M",
     }
     assert request.uploads[digest(b"2")] == tmp_path / "lora2.gguf" and len(request.uploads) == 4
-    assert request.warnings == ["parameter mirostat is deprecated"]
+    assert request.warnings == ["parameter penalize_newline is deprecated"]
     assert ("a.gguf", 12, 12) in steps
 
 

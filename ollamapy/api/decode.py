@@ -10,6 +10,7 @@ from ollamapy.env import parse_duration
 from ollamapy.errors import BadRequest
 
 MAX_DEPTH = 64
+MAX_BIASED = 1024  # entries of logit_bias
 _T = TypeVar("_T")
 # Objects under these names are the user's own: a null in them is a value.
 _VERBATIM = frozenset(["arguments", "tools", "format", "response_format", "model_info", "info"])
@@ -67,3 +68,12 @@ def lifetime(keep_alive: object) -> float | None:
             raise BadRequest(str(error)) from None
     names = {bool: "bool", list: "array", dict: "object"}
     raise BadRequest(f"Unsupported type: '{names.get(type(keep_alive), 'unknown')}'")
+
+
+def check_bias(bias: dict[str, float]) -> None:
+    """OpenAI's logit_bias: token ids as text -> what is added to their logits. Raises BadRequest."""
+    if len(bias) > MAX_BIASED:
+        raise BadRequest(f"logit_bias has more than {MAX_BIASED} entries")
+    for id, value in bias.items():
+        if not (id.isascii() and id.isdigit() and len(id) < 10 and -100.0 <= value <= 100.0):
+            raise BadRequest("logit_bias must have token ids as keys and numbers between -100 and 100 as values")

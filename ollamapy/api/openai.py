@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from ollamapy.api.messages import Message, ToolCall, ToolCallFunction
-from ollamapy.api.types import ChatRequest, EmbedRequest, GenerateRequest
+from ollamapy.api.types import MAX_TOP_LOGPROBS, ChatRequest, EmbedRequest, GenerateRequest
 from ollamapy.errors import BadRequest, ContextOverflow, OllamapyError
 
 _ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
@@ -93,7 +93,7 @@ class CompletionRequest(Sampled, kw_only=True):
     suffix: str = ""
     logprobs: int | None = None
     echo: bool = False
-    best_of: int = 1
+    best_of: int | None = None
 
 
 class EmbeddingRequest(msgspec.Struct, kw_only=True):
@@ -109,6 +109,8 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
     """Raises BadRequest. A prompt that does not fit the context is an error here, never cut."""
     if not request.messages:
         raise BadRequest("[] is too short - 'messages'")
+    if 0 < request.top_logprobs <= MAX_TOP_LOGPROBS and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs: true")
     _refuse(
         {
             "tools": bool(request.tools or request.functions),
@@ -127,16 +129,32 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
         truncate=False,
         logprobs=request.logprobs,
         top_logprobs=request.top_logprobs,
+        logit_bias=request.logit_bias,
         debug_render_only=request.debug_render_only,
     )
 
 
-def to_generate(request: CompletionRequest) -> GenerateRequest:
-    """Raises BadRequest. `logprobs: N` asks for the N likeliest tokens besides the one chosen."""
-    prompt = request.prompt[0] if isinstance(request.prompt, list) and len(request.prompt) == 1 else request.prompt
-    if not isinstance(prompt, str):
-        raise BadRequest("prompt must be a string: several prompts, or token ids, are not supported")
-    _refuse({"echo": request.echo, "best_of above 1": request.best_of > 1})
+def prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """Each a text or token ids; one at least. Raises BadRequest."""
+    given = request.prompt
+    several = given if isinstance(given, list) and not _are_ids(given) else [given]
+    if not several or not all(isinstance(one, str) or (one and _are_ids(one)) for one in several):
+        raise BadRequest("prompt must be a string, a list of token ids, or a list of either; none of them empty")
+    return several
+
+
+def _are_ids(given: object) -> bool:
+    return isinstance(given, list) and all(isinstance(id, int) and not isinstance(id, bool) for id in given) and bool(given)
+
+
+def to_generate(request: CompletionRequest, prompt: str) -> GenerateRequest:
+    """Of one of the prompts. Raises BadRequest. `logprobs: N` asks for the N likeliest tokens besides the one chosen."""
+    if request.best_of not in (None, request.n):
+        raise BadRequest("best_of: only n choices are generated, best_of must be equal to n")
+    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
+        raise BadRequest(f"logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
+    if request.echo and request.suffix:
+        raise BadRequest("echo cannot be combined with suffix")
     if isinstance(request.stop, list) and not all(isinstance(item, str) for item in request.stop):
         raise BadRequest("invalid type for 'stop' field: a string or a list of strings is expected")
     return GenerateRequest(
@@ -149,6 +167,7 @@ def to_generate(request: CompletionRequest) -> GenerateRequest:
         truncate=False,
         logprobs=request.logprobs is not None,
         top_logprobs=request.logprobs or 0,
+        logit_bias=request.logit_bias,
         debug_render_only=request.debug_render_only,
     )
 
@@ -184,9 +203,6 @@ def _refuse(asked: dict[str, bool]) -> None:
 
 
 def _options(request: Sampled, max_completion_tokens: int | None = None) -> dict[str, Any]:
-    if request.n != 1:
-        raise BadRequest("n: only 1 choice per request is supported")
-    _refuse({"logit_bias": bool(request.logit_bias)})
     stop = [request.stop] if isinstance(request.stop, str) else request.stop
     given = {
         "temperature": 1.0 if request.temperature is None else request.temperature,

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ollamapy.api.types import ChatResponse, EmbedResponse, GenerateResponse, Logprob, Reply
+from ollamapy.api.types import ChatResponse, EmbedResponse, GenerateResponse, Logprob, Reply, TokenLogprob
 
 _FINISH = {"repeat": "length"}
 
@@ -21,9 +21,9 @@ class _Stream:
     chunk_kind: str
     prefix: str
 
-    def __init__(self, model: str, *, include_usage: bool = False) -> None:
+    def __init__(self, model: str, *, include_usage: bool = False, index: int = 0) -> None:
         self.id = f"{self.prefix}-{secrets.token_hex(8)}"
-        self.model, self.include_usage = model, include_usage
+        self.model, self.include_usage, self.index = model, include_usage, index
         self.created = int(time.time())
 
     def _object(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -34,22 +34,22 @@ class _Stream:
         more: dict[str, Any] = {"usage": None} if self.include_usage else {}
         if line.debug_info is not None:
             more["_debug_info"] = line.debug_info
-        return self._object(self.chunk_kind, [{"index": 0, **choice}], **more)
+        return self._object(self.chunk_kind, [{"index": self.index, **choice}], **more)
 
     def _usage_chunk(self, line: Reply) -> list[dict[str, Any]]:
         return [self._object(self.chunk_kind, [], usage=usage(line))] if self.include_usage else []
 
     def _whole(self, choice: dict[str, Any], answer: Reply) -> dict[str, Any]:
         more: dict[str, Any] = {} if answer.debug_info is None else {"_debug_info": answer.debug_info}
-        choice = {"index": 0, **choice, "finish_reason": finish_reason(answer)}
+        choice = {"index": self.index, **choice, "finish_reason": finish_reason(answer)}
         return self._object(self.kind, [choice], usage=usage(answer), **more)
 
 
 class ChatStream(_Stream):
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, model: str, *, include_usage: bool = False) -> None:
-        super().__init__(model, include_usage=include_usage)
+    def __init__(self, model: str, *, include_usage: bool = False, index: int = 0) -> None:
+        super().__init__(model, include_usage=include_usage, index=index)
         self._first = True
 
     def feed(self, line: ChatResponse) -> list[dict[str, Any]]:
@@ -83,21 +83,28 @@ class ChatStream(_Stream):
 class CompletionStream(_Stream):
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, model: str, *, include_usage: bool = False) -> None:
-        super().__init__(model, include_usage=include_usage)
+    def __init__(self, model: str, *, include_usage: bool = False, index: int = 0) -> None:
+        super().__init__(model, include_usage=include_usage, index=index)
         self._offset = 0
 
     def feed(self, line: GenerateResponse) -> list[dict[str, Any]]:
         choice = {"text": line.response, "finish_reason": finish_reason(line), **self._logprobs(line)}
-        self._offset += len(line.response)
-        chunks = [self._chunk(choice, line)] if line.response or line.logprobs or line.done else []
+        entries = [*line.prompt_logprobs, *line.logprobs]
+        self._offset += sum(len(entry.token) for entry in entries) or len(line.response)
+        chunks = [self._chunk(choice, line)] if line.response or choice["logprobs"] or line.done else []
         return chunks + (self._usage_chunk(line) if line.done else [])
 
     def whole(self, answer: GenerateResponse) -> dict[str, Any]:
         return self._whole({"text": answer.response, **self._logprobs(answer)}, answer)
 
     def _logprobs(self, line: GenerateResponse) -> dict[str, Any]:
-        return {"logprobs": text_logprobs(line.logprobs, self._offset)} if line.logprobs else {"logprobs": None}
+        entries = [*line.prompt_logprobs, *line.logprobs]
+        if not entries:
+            return {"logprobs": None}
+        offset = self._offset
+        if line.prompt_logprobs and line.done:  # a whole answer: a bos that its text does not show stands at 0 too
+            offset = len(line.response) - sum(len(entry.token) for entry in entries)
+        return {"logprobs": text_logprobs(entries, offset)}
 
 
 def finish_reason(line: Reply) -> str | None:
@@ -120,14 +127,68 @@ def text_logprobs(entries: Sequence[Logprob], offset: int) -> dict[str, Any]:
     """The parallel lists of /v1/completions; `offset` is where the first token's text begins in the whole text."""
     offsets = []
     for entry in entries:
-        offsets.append(offset)
+        offsets.append(max(offset, 0))
         offset += len(entry.token)
     return {
-        "tokens": [entry.token for entry in entries],
+        "tokens": [_name(entry) for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [{top.token: top.logprob for top in entry.top_logprobs} for entry in entries],
+        "top_logprobs": [_likeliest(entry) for entry in entries],
         "text_offset": offsets,
     }
+
+
+def _likeliest(entry: Logprob) -> dict[str, float | None] | None:
+    """By text; the token itself is among them even where it is not one of the likeliest. None where nothing is known."""
+    if entry.logprob is None:
+        return None
+    found: dict[str, float | None] = {}
+    for one in (*entry.top_logprobs, entry):
+        found.setdefault(_name(one), one.logprob)
+    return found
+
+
+def _name(entry: TokenLogprob) -> str:
+    """A token's text, or its bytes where they are only part of a character's: different tokens must not become one key."""
+    raw = bytes(entry.bytes)
+    return entry.token if entry.token.encode() == raw else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class Choices:
+    """Several answers in one response: the chunks of each, and their sum of tokens. A prompt's `n` choices count it once."""
+
+    def __init__(self, forms: Sequence[Any], n: int) -> None:
+        self._forms, self._n, self._left = forms, n, len(forms)
+        self._used = [0, 0]
+        self._first = forms[0]
+        self._include_usage = self._first.include_usage
+        for form in forms:
+            form.id, form.created = self._first.id, self._first.created
+
+    def feed(self, told: tuple[int, Any]) -> list[dict[str, Any]]:
+        """Chunks of a line of one answer; usage comes once, after all have ended."""
+        index, line = told
+        chunks = [chunk for chunk in self._forms[index].feed(line) if chunk["choices"]]
+        if line.done:
+            self._count(index, line)
+            self._left -= 1
+            if not self._left and self._include_usage:
+                chunks.append(self._first._object(self._first.chunk_kind, [], usage=self._usage()))
+        return chunks
+
+    def whole(self, answers: Sequence[Any]) -> dict[str, Any]:
+        made = []
+        for index, (form, answer) in enumerate(zip(self._forms, answers, strict=True)):
+            made.append(form.whole(answer))
+            self._count(index, answer)
+        return {**made[0], "choices": [choice for one in made for choice in one["choices"]], "usage": self._usage()}
+
+    def _count(self, index: int, line: Reply) -> None:
+        self._used[0] += line.prompt_eval_count if index % self._n == 0 else 0
+        self._used[1] += line.eval_count
+
+    def _usage(self) -> dict[str, int]:
+        prompt, completion = self._used
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def embeddings(answer: EmbedResponse, *, as_base64: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _TRUE, _FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")
 
-_NO_LONGER_SAMPLING = ("mirostat", "mirostat_eta", "mirostat_tau", "penalize_newline", "tfs_z")
+_NO_LONGER_SAMPLING = ("penalize_newline", "tfs_z")
 _NO_LONGER_RUNNING = ("low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock", "numa")
 DEPRECATED = frozenset((*_NO_LONGER_SAMPLING, *_NO_LONGER_RUNNING))
 """Once options of Ollama: accepted with a warning, without effect."""
@@ -61,6 +61,16 @@ OPTIONS: dict[str, Option] = {
     "repeat_penalty": Option("float", 1.0, "How strongly repetitions are penalised; 1: not at all"),
     "presence_penalty": Option("float", 0.0, "Penalty for tokens that occurred"),
     "frequency_penalty": Option("float", 0.0, "Penalty for tokens, per occurrence"),
+    "mirostat": Option("int", 0, "Keeps surprise near mirostat_tau instead of top_k to xtc: 1, 2 its versions, 0: off"),
+    "mirostat_tau": Option("float", 5.0, "Bits of surprise that mirostat aims at"),
+    "mirostat_eta": Option("float", 0.1, "How fast mirostat follows"),
+    "dry_multiplier": Option("float", 0.0, "Penalty for going on with a repetition (DRY); 0: off"),
+    "dry_base": Option("float", 1.75, "Growth of the DRY penalty per repeated token"),
+    "dry_allowed_length": Option("int", 2, "Tokens that may be repeated before DRY begins"),
+    "dry_penalty_last_n": Option("int", -1, "Tokens that DRY looks back at; 0: off, -1: the whole context"),
+    "dry_sequence_breakers": Option("strings", ("\n", ":", '"', "*"), "Texts that end a repetition for DRY"),
+    "xtc_probability": Option("float", 0.0, "How often the likeliest of several likely tokens are left out (XTC); 0: never"),
+    "xtc_threshold": Option("float", 0.1, "Probability that makes a token likely for XTC; above 0.5: off"),
     "stop": Option("strings", (), "Text that ends the answer; may be given several times"),
 }
 
@@ -89,6 +99,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     stop: tuple[str, ...] = ()
 
 

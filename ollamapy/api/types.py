@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ollamapy.api.decode import lifetime
+from ollamapy.api.decode import check_bias, lifetime
 from ollamapy.api.messages import Message, Tool, ToolCall
 from ollamapy.errors import BadRequest
 
@@ -31,6 +31,7 @@ class Inference(msgspec.Struct, kw_only=True, omit_defaults=True):
     shift: bool = True
     logprobs: bool = False
     top_logprobs: int = 0
+    logit_bias: dict[str, float] = {}  # ours here: OpenAI's, token id -> -100..100 added to its logit
     debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
 
     def __post_init__(self) -> None:
@@ -39,6 +40,7 @@ class Inference(msgspec.Struct, kw_only=True, omit_defaults=True):
             raise BadRequest(f'invalid think value: "{self.think}" (must be {levels}, true, or false)')
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise BadRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
+        check_bias(self.logit_bias)
         lifetime(self.keep_alive)
 
 
@@ -142,7 +144,7 @@ class TokenLogprob(msgspec.Struct, kw_only=True):
     """`bytes` are those of the token, which may be part of a character."""
 
     token: str
-    logprob: float
+    logprob: float | None  # None: the first token of a prompt
     bytes: list[int]
 
 
@@ -186,6 +188,7 @@ class GenerateResponse(Reply, kw_only=True, omit_defaults=True):
     thinking: str = ""
     tool_calls: list[ToolCall] = []
     context: list[int] = []
+    prompt_logprobs: list[Logprob] = []  # of /v1/completions with echo: all of the prompt's tokens
 
 
 class AnswerMessage(msgspec.Struct, kw_only=True, omit_defaults=True):

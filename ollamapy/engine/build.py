@@ -97,9 +97,10 @@ def wanted_rows(step: Schedule) -> list[int]:
 
 
 def num_wanted(seq: Sequence, length: int) -> int:
-    """How many rows of `wanted_rows` belong to a sequence that computes `length` tokens: its last one and its draft's."""
+    """How many rows of `wanted_rows` belong to a sequence that computes `length` tokens: its last one and its
+    draft's, and before them those that its prompt's logprobs need."""
     if seq.pooling == "mean":
         return length
     if seq.pooling == "cls":
         return int(seq.num_computed == 0)
-    return max(seq.num_computed + length - len(seq.token_ids) + 1, 0)
+    return seq.num_to_tell(length) + max(seq.num_computed + length - len(seq.token_ids) + 1, 0)

@@ -15,9 +15,11 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
+import msgspec
 import torch
 from torch import Tensor
 
+from ollamapy.engine import prompt_logprobs
 from ollamapy.engine.build import build_batch, num_wanted
 from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
 from ollamapy.engine.pooling import pool, pooled_bytes, pooling_of
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 CHECK_INTERVAL = 1.0  # seconds between two integrity checks that run by themselves
 COMPILE_WAIT = 0.02  # seconds after which an engine that waits for a grammar looks for commands
+FINITE = tuple(field.name for field in msgspec.structs.fields(SamplingParams) if isinstance(field.default, float))
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
 
 
@@ -221,9 +224,15 @@ class Engine:
         sequences: list[Sequence] = []  # as they are at that row
         rows: list[int] = []  # of `hidden`
         row = 0
+        errors: dict[int, str] = {}  # by index
         pooled: list[tuple[int, int, Tensor]] = []  # index, length and hidden states of sequences to embed
         for index, (seq, length) in enumerate(zip(schedule.sequences, schedule.num_tokens, strict=True)):
             count = num_wanted(seq, length)
+            if own := seq.num_to_tell(length):
+                errors[index] = prompt_logprobs.tell(
+                    seq, hidden[row : row + own], self.runner.logits, self.model.config.vocab_size
+                )
+                row, count = row + own, count - own
             if seq.pooling is not None:
                 pooled.append((index, length, hidden[row : row + count]))
             elif count:
@@ -238,6 +247,8 @@ class Engine:
         for index, length, states in pooled:  # last: a step that is run again must not have pooled anything yet
             found = _pool(schedule.sequences[index], length, states)
             results[index] = [] if found is None else [found]
+        for index, error in errors.items():
+            results[index] = [Result(error=error)] if error else results[index]
         return [
             agreed(seq.draft, found) if len(found) > 1 else found
             for seq, found in zip(schedule.sequences, results, strict=True)
@@ -273,9 +284,11 @@ def _refusal(token_ids: list[int], params: SamplingParams, context_length: int, 
         return str(ContextOverflow(len(token_ids), context_length))
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
         return f"a token id of the prompt is not in 0..{vocab_size - 1}"
-    for name in ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty"):
+    for name in FINITE:
         if not math.isfinite(getattr(params, name)):
             return f"{name} is not a finite number"
+    if any(not (0 <= token_id < vocab_size and math.isfinite(bias)) for token_id, bias in params.logit_bias):
+        return f"logit_bias: a token id is not in 0..{vocab_size - 1}, or a bias is not a finite number"
     if params.repeat_penalty <= 0.0:
         return f"repeat_penalty must be greater than 0, not {params.repeat_penalty}"
     return ""

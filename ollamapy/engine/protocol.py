@@ -53,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     num_keep: int = 4  # head tokens kept at a context shift; -1: the whole prompt
     shift: bool = True  # False: finish with "length" when the context is full
     logprobs: int = -1  # -1: none; n >= 0: of the token chosen and of the n likeliest
+    prompt_logprobs: int = -1  # the same of the prompt's tokens but the first, which then reuses no prefix
     grammar: str = ""  # what may be generated, in llguidance's JSON form; "": anything
     speculation: SpeculationMode = "off"  # where guesses of tokens ahead come from; "auto": whatever pays
     num_draft: int = 0  # most tokens guessed ahead; 0: as many as pay
@@ -177,6 +178,7 @@ class Output(msgspec.Struct, frozen=True):
     token_ids: list[int]
     logprobs: list[TokenLogprob] = []
     finish: Finish | None = None
+    prompt_logprobs: list[TokenLogprob] = []  # of the prompt's next tokens, from its second on
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

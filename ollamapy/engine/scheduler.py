@@ -148,8 +148,8 @@ class Scheduler:
             budget -= count
 
     def _lookup(self, seq: Sequence) -> Hit:
-        """Reusable blocks. A mean or first-token embedding needs the hidden states of its prompt, so it reuses nothing."""
-        return self.blocks.lookup(seq, reuse=seq.pooling in (None, "last"))
+        """Reusable blocks. A mean or first-token embedding and logprobs of a prompt need its hidden states: they reuse none."""
+        return self.blocks.lookup(seq, reuse=seq.pooling in (None, "last") and not seq.tells_prompt)
 
     def _first_time(self, seq: Sequence, now: int) -> None:
         seq.first_scheduled_ns = now
@@ -186,15 +186,19 @@ class Scheduler:
             drafted = max(seq.num_computed + count - len(seq.token_ids), 0)
             seq.num_computed += count - drafted
             self.blocks.register(seq)
+            logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
+            seq.num_told += len(logprobs)
             if not found:
-                continue
-            if seq.pooling is not None:
+                if logprobs:
+                    told.append(Output(seq.request_id, [], prompt_logprobs=logprobs))
+            elif seq.pooling is not None:
                 self._remove(seq)
                 told.append(Embedding(seq.request_id, found[0].vector, seq.num_prompt_tokens))
             elif drafted:
                 told.append(self._accept_drafted(seq, found, drafted, now))
             else:
-                told.append(self._accept(seq, found[0], now))
+                output = self._accept(seq, found[0], now)
+                told.append(msgspec.structs.replace(output, prompt_logprobs=logprobs) if logprobs else output)
         return told
 
     def _accept_drafted(self, seq: Sequence, found: list[Result], drafted: int, now: int) -> Output:

@@ -95,6 +95,10 @@ class Sequence:
     penalties: PenaltyWindow | None = field(init=False)
     mu: list[float] = field(init=False)  # mirostat's state before each generated token; moved by the sampler
 
+    # moved by prompt_logprobs and, when they have been told, by Scheduler
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # not told yet
+    num_told: int = 0
+
     # moved by BlockManager
     block_tables: list[array[int]] = field(default_factory=list)  # one per layer group, all of one length; none: no blocks
     block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids, as far as needed yet
@@ -146,6 +150,17 @@ class Sequence:
         if self.num_generated >= self.max_tokens or (self.is_full and not params.shift):
             return "length"
         return None
+
+    def num_to_tell(self, length: int) -> int:
+        """Of how many of the next `length` tokens to compute the prompt's logprobs need the hidden state."""
+        if not self.tells_prompt:
+            return 0
+        end = min(self.num_computed + length, self.num_prompt_tokens - 1)
+        return max(end - max(self.num_computed, self.num_told), 0)
+
+    @property
+    def tells_prompt(self) -> bool:
+        return self.params.prompt_logprobs >= 0 and self.num_told < self.num_prompt_tokens - 1
 
     @property
     def is_full(self) -> bool:

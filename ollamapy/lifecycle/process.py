@@ -40,7 +40,9 @@ class _Request:
 
     def put(self, output: Output) -> None:
         self.pending.append(output)
-        self.behind += len(output.token_ids) + sum(1 + len(entry.top) for entry in output.logprobs)
+        self.behind += len(output.token_ids) + sum(
+            1 + len(entry.top) for entries in (output.logprobs, output.prompt_logprobs) for entry in entries
+        )
         self.news.set()
 
     def fail(self, error: OllamapyError) -> None:
@@ -64,6 +66,7 @@ class _Request:
             [token for output in outputs for token in output.token_ids],
             [entry for output in outputs for entry in output.logprobs],
             outputs[-1].finish,
+            [entry for output in outputs for entry in output.prompt_logprobs],
         )
 
 

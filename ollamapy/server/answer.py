@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 from ollamapy.api.messages import ToolCall
@@ -47,6 +48,7 @@ class Piece(NamedTuple):
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[Logprob, ...] = ()
     end: End | None = None
+    prompt_logprobs: tuple[Logprob, ...] = ()  # of the prompt's tokens but the first; before anything else
 
 
 def sampling(options: Options, tokenizer: Tokenizer, stops: Iterable[str], num_ctx: int) -> SamplingParams:
@@ -61,6 +63,7 @@ def sampling(options: Options, tokenizer: Tokenizer, stops: Iterable[str], num_c
         encoded = tokenizer.encode(stop) if stop else []
         if len(encoded) == 1 and tokenizer.is_control(encoded[0]):
             ids.add(encoded[0])
+    singles, sequences = breakers(tokenizer, options.dry_sequence_breakers) if options.dry_multiplier else ((), ())
     most = 10 * num_ctx
     return SamplingParams(
         temperature=options.temperature,
@@ -72,6 +75,17 @@ def sampling(options: Options, tokenizer: Tokenizer, stops: Iterable[str], num_c
         repeat_penalty=options.repeat_penalty,
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
+        mirostat=options.mirostat,
+        mirostat_tau=options.mirostat_tau,
+        mirostat_eta=options.mirostat_eta,
+        dry_multiplier=options.dry_multiplier,
+        dry_base=options.dry_base,
+        dry_allowed_length=options.dry_allowed_length,
+        dry_penalty_last_n=options.dry_penalty_last_n,
+        dry_breakers=singles,
+        dry_breaker_sequences=sequences,
+        xtc_probability=options.xtc_probability,
+        xtc_threshold=options.xtc_threshold,
         seed=options.seed,
         max_tokens=most if options.num_predict < 0 else min(options.num_predict, most),
         stop_ids=tuple(sorted(ids)),
@@ -81,6 +95,21 @@ def sampling(options: Options, tokenizer: Tokenizer, stops: Iterable[str], num_c
         speculation=options.speculation if options.draft_num_predict else "off",
         num_draft=max(options.draft_num_predict, 0),
     )
+
+
+def first_logprob(tokenizer: Tokenizer, id: int) -> Logprob:
+    """Of a prompt's first token, which nothing predicts."""
+    raw = tokenizer.token_bytes(id)
+    return Logprob(token=raw.decode(errors="replace"), logprob=None, bytes=list(raw))
+
+
+@lru_cache(maxsize=8)
+def breakers(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Where DRY stops looking back: tokens that hold one of the texts, and the texts that are several tokens."""
+    wanted = [text.encode() for text in texts if text]
+    singles = [id for id in range(tokenizer.vocab_size) if any(text in tokenizer.token_bytes(id) for text in wanted)]
+    encoded = [tuple(tokenizer.encode(text)) for text in texts if text]
+    return tuple(singles), tuple(ids for ids in encoded if len(ids) > 1)
 
 
 async def answer(
@@ -97,12 +126,17 @@ async def answer(
     record.prompt_tokens, record.finish = len(token_ids), "abort"  # until it is known how it ended
     start = first = last = time.monotonic_ns()
     finish: Finish | None = None
+    told: list[Logprob] = []  # of the prompt's tokens
     outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params))
     async with aclosing(outputs), record.failing():
         async for output in outputs:
             last = time.monotonic_ns()
             first = last if not text.token_ids else first
             record.took(len(output.token_ids), last)
+            told += [text.logprob(entry) for entry in output.prompt_logprobs]
+            if told and (output.token_ids or output.finish is not None):
+                yield Piece(prompt_logprobs=tuple(told))
+                told.clear()
             shown = text.feed(output)
             finish = output.finish
             for piece in _pieces(parser.feed(shown) if shown else [], text.take_logprobs()):
@@ -160,7 +194,7 @@ class _Text:
             self.count += 1
             shown.append(self._stops.feed(piece))
             if output.logprobs:
-                self._waiting.append((begin, self._length, self._logprob(output.logprobs[at])))
+                self._waiting.append((begin, self._length, self.logprob(output.logprobs[at])))
             if self._stops.stopped:
                 self.ended = "stop"
                 if begin < self._stops.passed:
@@ -199,7 +233,7 @@ class _Text:
         self._repeated = trimmed
         return self._repeats > MAX_REPEATS
 
-    def _logprob(self, given: protocol.TokenLogprob) -> Logprob:
+    def logprob(self, given: protocol.TokenLogprob) -> Logprob:
         top = [self._token(id, value) for id, value in given.top]
         chosen = self._token(given.token_id, given.logprob)
         return Logprob(token=chosen.token, logprob=chosen.logprob, bytes=chosen.bytes, top_logprobs=top)

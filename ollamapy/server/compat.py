@@ -3,41 +3,89 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ollamapy.api import openai, openai_responses
-from ollamapy.api.openai import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
-from ollamapy.api.openai_responses import ChatStream, CompletionStream
+from ollamapy.api.openai import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, Sampled
+from ollamapy.api.openai_responses import ChatStream, Choices, CompletionStream
+from ollamapy.api.types import ChatRequest, GenerateRequest, GenerateResponse
 from ollamapy.errors import NotFound
 from ollamapy.server import embedding
 from ollamapy.server.body import read
 from ollamapy.server.catalog import parse_name, require_name, services
-from ollamapy.server.inference import chat_lines, fold_chat, fold_generate, generate_lines
+from ollamapy.server.choices import check_choices, seed_of, side_by_side
+from ollamapy.server.inference import Verbatim, chat_lines, fold_chat, fold_generate, generate_lines
 from ollamapy.server.stream import JSON, SSE, collected, streamed, warning_header
 from ollamapy.store.library import ModelSummary
+
+AnyRequest = TypeVar("AnyRequest", ChatRequest, GenerateRequest)
 
 
 async def chat_completions(request: Request) -> Response:
     asked = await read(request, ChatCompletionRequest)
+    check_choices(1, asked.n)
     warnings: list[str] = []
-    lines = chat_lines(services(request), openai.to_chat(asked), warnings)
-    form = ChatStream(asked.model, include_usage=asked.stream_options.include_usage)
-    if asked.stream:
-        return await streamed(lines, SSE(form.feed), warnings)
-    return JSON(form.whole(fold_chat(await collected(lines))), headers=warning_header(warnings))
+    starts = [
+        partial(chat_lines, services(request), _with_seed(openai.to_chat(asked), choice), warnings) for choice in range(asked.n)
+    ]
+    forms = [ChatStream(asked.model, include_usage=asked.stream_options.include_usage, index=i) for i in range(asked.n)]
+    return await _answer(asked, starts, forms, fold_chat, warnings)
 
 
 async def completions(request: Request) -> Response:
+    """Token ids, and with `echo` texts too, go to the model as they stand; other texts through its template, as in Ollama."""
     asked = await read(request, CompletionRequest)
     require_name(asked.model)
+    prompts = openai.prompts(asked)
+    check_choices(len(prompts), asked.n)
     warnings: list[str] = []
-    lines = generate_lines(services(request), openai.to_generate(asked), warnings)
-    form = CompletionStream(asked.model, include_usage=asked.stream_options.include_usage)
+    starts = [_completion(request, asked, prompt, choice, warnings) for prompt in prompts for choice in range(asked.n)]
+    include_usage = asked.stream_options.include_usage
+    forms = [CompletionStream(asked.model, include_usage=include_usage, index=i) for i in range(len(starts))]
+    return await _answer(asked, starts, forms, fold_generate, warnings)
+
+
+def _completion(
+    request: Request, asked: CompletionRequest, prompt: str | list[int], choice: int, warnings: list[str]
+) -> Callable[[], AsyncGenerator[GenerateResponse]]:
+    text, ids = (prompt, None) if isinstance(prompt, str) else ("", prompt)
+    generate = _with_seed(openai.to_generate(asked, text), choice)
+    verbatim = Verbatim(ids, asked.echo) if ids is not None or asked.echo else None
+    return partial(generate_lines, services(request), generate, warnings, verbatim)
+
+
+async def _answer(
+    asked: Sampled,
+    starts: Sequence[Callable[[], AsyncGenerator[Any]]],
+    forms: Sequence[Any],
+    fold: Callable[[Any], Any],
+    warnings: list[str],
+) -> Response:
+    if len(starts) == 1:
+        lines = starts[0]()
+        if asked.stream:
+            return await streamed(lines, SSE(forms[0].feed), warnings)
+        return JSON(forms[0].whole(fold(await collected(lines))), headers=warning_header(warnings))
+    choices = Choices(forms, asked.n)
+    told = side_by_side(starts, asked.n)
     if asked.stream:
-        return await streamed(lines, SSE(form.feed), warnings)
-    return JSON(form.whole(fold_generate(await collected(lines))), headers=warning_header(warnings))
+        return await streamed(told, SSE(choices.feed), warnings)
+    parts: list[list[Any]] = [[] for _ in starts]
+    async for index, line in told:
+        parts[index].append(line)
+    return JSON(choices.whole([fold(part) for part in parts]), headers=warning_header(list(dict.fromkeys(warnings))))
+
+
+def _with_seed(request: AnyRequest, choice: int) -> AnyRequest:
+    seed = request.options.get("seed")
+    if choice and isinstance(seed, int):
+        request.options = {**request.options, "seed": seed_of(seed, choice)}
+    return request
 
 
 async def embeddings(request: Request) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,7 +25,7 @@ from ollamapy.chat.format import ChatFormat, Think
 from ollamapy.server import embedding
 from ollamapy.server.body import read
 from ollamapy.server.catalog import Services, require_name, services
-from ollamapy.server.prompt import Prompt, Room, chat_prompt, conversation, text_prompt
+from ollamapy.server.prompt import Prompt, Room, chat_prompt, conversation, ids_prompt, text_prompt
 from ollamapy.server.stream import JSON, NDJSON, collected, streamed, warning_header
 from ollamapy.server.turn import Turn, run, timestamp
 from ollamapy.store.library import LocalModel
@@ -72,15 +72,27 @@ async def embeddings(request: Request) -> Response:
     return JSON(EmbeddingsResponse(vector), headers=warning_header(warnings))
 
 
-async def generate_lines(services: Services, request: GenerateRequest, warnings: list[str]) -> AsyncGenerator[GenerateResponse]:
+class Verbatim(NamedTuple):
+    """A prompt that no template touches: the request's text, or these ids in place of it. `echo`: it comes first."""
+
+    ids: list[int] | None = None
+    echo: bool = False
+
+
+async def generate_lines(
+    services: Services, request: GenerateRequest, warnings: list[str], verbatim: Verbatim | None = None
+) -> AsyncGenerator[GenerateResponse]:
     conflict = request.raw and bool(request.template or request.system or request.context)
     turn = Turn(
-        empty=not request.prompt,
+        empty=not (request.prompt or (verbatim is not None and verbatim.ids)),
         needs=_generate_needs(request),
         size=len(request.prompt) + len(request.suffix) + len(request.context),
-        prompt=lambda model, format, think, tokenizer, room: _generate_prompt(request, model, format, think, tokenizer, room),
+        prompt=lambda model, format, think, tokenizer, room: _generate_prompt(
+            request, model, format, think, tokenizer, room, verbatim
+        ),
         template=request.template,
-        raw=request.raw,
+        raw=request.raw or verbatim is not None,
+        echo=verbatim is not None and verbatim.echo,
         conflict="raw mode does not support template, system, or context" if conflict else "",
         unsupported="images" if request.images else "",
     )
@@ -92,6 +104,7 @@ async def generate_lines(services: Services, request: GenerateRequest, warnings:
                 response=said.piece.content,
                 thinking=said.piece.thinking,
                 logprobs=list(said.piece.logprobs),
+                prompt_logprobs=list(said.piece.prompt_logprobs),
                 context=[] if request.raw else said.context,
                 **said.fields,
             )
@@ -129,6 +142,7 @@ def fold_generate(lines: Sequence[GenerateResponse]) -> GenerateResponse:
     last = lines[-1]
     last.response = "".join(line.response for line in lines)
     last.thinking = "".join(line.thinking for line in lines)
+    last.prompt_logprobs = [entry for line in lines for entry in line.prompt_logprobs]
     return _with_logprobs(last, lines)
 
 
@@ -154,9 +168,17 @@ def _generate_needs(request: GenerateRequest) -> dict[str, str]:
 
 
 def _generate_prompt(
-    request: GenerateRequest, model: LocalModel, format: ChatFormat, think: Think, tokenizer: Tokenizer, room: Room
+    request: GenerateRequest,
+    model: LocalModel,
+    format: ChatFormat,
+    think: Think,
+    tokenizer: Tokenizer,
+    room: Room,
+    verbatim: Verbatim | None,
 ) -> Prompt:
-    if request.raw:
+    if verbatim is not None and verbatim.ids is not None:
+        return ids_prompt(verbatim.ids, tokenizer, room)
+    if request.raw or verbatim is not None:
         return text_prompt(request.prompt, tokenizer, room)
     if request.suffix:
         return text_prompt(format.render_completion(request.prompt, suffix=request.suffix, think=think), tokenizer, room)

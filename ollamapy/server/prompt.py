@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ollamapy.api.messages import Message
 from ollamapy.chat.format import ChatFormat, Think
 from ollamapy.chat.truncate import truncate_messages, truncate_tokens
-from ollamapy.errors import ContextOverflow
+from ollamapy.errors import BadRequest, ContextOverflow
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
@@ -63,6 +63,13 @@ def text_prompt(text: str, tokenizer: Tokenizer, room: Room) -> Prompt:
     """Encodes a text as it stands. Raises ContextOverflow."""
     ids = tokenizer.encode(text, add_special=True)
     return _cut(text, ids, len(ids), tokenizer, room)
+
+
+def ids_prompt(ids: list[int], tokenizer: Tokenizer, room: Room) -> Prompt:
+    """Token ids as they stand. Raises BadRequest, ContextOverflow."""
+    if beyond := [id for id in ids if not 0 <= id < tokenizer.vocab_size]:
+        raise BadRequest(f"prompt: token {beyond[0]} is not in the vocabulary of {tokenizer.vocab_size}")
+    return _cut(tokenizer.decode(ids, skip_special=False), ids, len(ids), tokenizer, room)
 
 
 def counting(tokenizer: Tokenizer) -> Callable[[str], int]:

@@ -22,7 +22,7 @@ from ollamapy.chat.interface import PlainParser
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.errors import BadRequest, NotSupported
 from ollamapy.lifecycle.resident import LoadedModel
-from ollamapy.server.answer import Piece, answer, sampling
+from ollamapy.server.answer import Piece, answer, first_logprob, sampling
 from ollamapy.server.catalog import Services
 from ollamapy.server.prompt import Prompt, Room
 from ollamapy.store.library import LocalModel
@@ -38,6 +38,7 @@ class Turn:
 
     `empty`: nothing is asked, the model is only loaded or unloaded. `needs`: capability -> error text when it is missing.
     `conflict`: what is wrong with the request itself. `unsupported`: a feature it asks for that is not built yet.
+    `echo`: the first piece is the prompt.
     `size`: characters of the prompt, about. `prompt` makes the prompt; without a parser the text is passed as it is.
     """
 
@@ -49,6 +50,7 @@ class Turn:
     raw: bool = False
     conflict: str = ""
     unsupported: str = ""
+    echo: bool = False
 
 
 class Said(NamedTuple):
@@ -103,6 +105,10 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         stops = (*options.stop, *(() if turn.raw else chat.stops))
         grammar = held_to.grammar(parser) if held_to else ""
         params = _params(loaded, options, request, stops, grammar)
+        if turn.echo:
+            first = (first_logprob(loaded.tokenizer, prompt.ids[0]),) if params.logprobs >= 0 and prompt.ids else ()
+            yield Said(Piece(prompt.text, prompt_logprobs=first), _MORE, [])
+            params = msgspec.structs.replace(params, prompt_logprobs=params.logprobs)
         async with aclosing(answer(loaded.engine, loaded.tokenizer, prompt.ids, params, stops, parser)) as pieces:
             async for piece in pieces:
                 if piece.end is None:
@@ -116,7 +122,10 @@ def _params(
 ) -> SamplingParams:
     params = sampling(options, loaded.tokenizer, stops, _num_ctx(options, loaded))
     logprobs = request.top_logprobs if request.logprobs else -1
-    return msgspec.structs.replace(params, shift=request.shift, logprobs=logprobs, grammar=grammar)
+    bias = tuple((int(id), value) for id, value in request.logit_bias.items())
+    if beyond := [id for id, _ in bias if id >= loaded.tokenizer.vocab_size]:
+        raise BadRequest(f"logit_bias: token {beyond[0]} is not in the vocabulary of {loaded.tokenizer.vocab_size}")
+    return msgspec.structs.replace(params, shift=request.shift, logprobs=logprobs, logit_bias=bias, grammar=grammar)
 
 
 async def _check(services: Services, model: LocalModel, request: Inference, turn: Turn) -> Think:

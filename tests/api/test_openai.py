@@ -34,7 +34,10 @@ def chat(**fields: Any) -> ChatRequest:
 
 
 def complete(**fields: Any) -> GenerateRequest:
-    return openai.to_generate(decode(msgspec.json.encode({"model": "m", "prompt": "p", **fields}), CompletionRequest))
+    request = decode(msgspec.json.encode({"model": "m", "prompt": "p", **fields}), CompletionRequest)
+    (prompt,) = openai.prompts(request)
+    assert isinstance(prompt, str)
+    return openai.to_generate(request, prompt)
 
 
 def test_defaults_are_openais() -> None:
@@ -70,8 +73,6 @@ def test_options() -> None:
     ("fields", "text"),
     [
         ({"messages": []}, "[] is too short - 'messages'"),
-        ({"n": 2}, "n: only 1 choice"),
-        ({"n": 0}, "n: only 1 choice"),
         ({"tools": [{"type": "function"}]}, "tools: not supported yet"),
         ({"functions": [{"name": "f"}]}, "tools: not supported yet"),
         ({"tool_choice": "required"}, "tool_choice: not supported yet"),
@@ -86,7 +87,10 @@ def test_options() -> None:
             "response_format: json_schema needs an object 'schema'",
         ),
         ({"modalities": ["text", "audio"]}, "modalities other than text: not supported yet"),
-        ({"logit_bias": {"5": -100}}, "logit_bias: not supported yet"),
+        ({"logit_bias": {"5": -101}}, "logit_bias must have token ids as keys"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias must have token ids as keys"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias has more than 1024 entries"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
         ({"reasoning_effort": "hardest"}, "invalid reasoning value: 'hardest'"),
         ({"top_logprobs": 30}, "top_logprobs must be between 0 and 20"),
         ({"messages": [{"role": "user"}]}, "invalid message content type: NoneType"),
@@ -154,7 +158,17 @@ def test_completions() -> None:
     assert (request.prompt, request.suffix, request.logprobs, request.top_logprobs) == ("one", "s", True, 0)
     assert request.options == {"temperature": 1.0, "top_p": 1.0, "num_predict": 5}
     assert complete(logprobs=3).top_logprobs == 3 and not complete().logprobs
-    for fields in ({"prompt": ["a", "b"]}, {"prompt": [1, 2]}, {"echo": True}, {"best_of": 2}, {"stop": ["a", 1]}, {"n": 2}):
+    for fields in (
+        {"prompt": []},
+        {"prompt": [1, "a"]},
+        {"prompt": [[]]},
+        {"prompt": [True]},
+        {"echo": True, "suffix": "s"},
+        {"best_of": 2},
+        {"logprobs": 21},
+        {"logprobs": -1},
+        {"stop": ["a", 1]},
+    ):
         with pytest.raises(BadRequest):
             complete(**fields)
 

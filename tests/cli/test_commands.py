@@ -222,13 +222,13 @@ def test_a_reader_that_leaves_is_no_error(daemon: Daemon) -> None:
 
 
 def test_create_uploads_what_is_not_there(daemon: Daemon, speaker_gguf: Path, tmp_path: Path) -> None:
-    (tmp_path / "Modelfile").write_text(f"from {speaker_gguf}\nparameter num_predict 2\nparameter mirostat 1\n")
+    (tmp_path / "Modelfile").write_text(f"from {speaker_gguf}\nparameter num_predict 2\nparameter penalize_newline 1\n")
     digest = f"sha256:{hashlib.sha256(speaker_gguf.read_bytes()).hexdigest()}"
     first = daemon.cli("create", "made", cwd=tmp_path)
     assert (first.returncode, first.stdout) == (0, "")
     lines = first.stderr.splitlines()
     assert lines[:2] == ["gathering model components", "hashing another.gguf"]
-    assert "warning: parameter mirostat is deprecated" in lines and f"copying file {digest}" in lines
+    assert "warning: parameter penalize_newline is deprecated" in lines and f"copying file {digest}" in lines
     assert lines[-2:] == ["writing manifest", "success"]
     assert daemon.ok("run", "made", "hi") == " Hello there\n\n"
     again = daemon.cli("create", "made", "--file", "Modelfile", cwd=tmp_path)

@@ -135,6 +135,7 @@ class Answer:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: Finish | None = None
     embedding: Embedding | None = None
 
@@ -172,6 +173,7 @@ class Run:
         assert answer.finish is None, "something came after the end"
         answer.tokens += output.token_ids
         answer.logprobs += output.logprobs
+        answer.prompt_logprobs += output.prompt_logprobs
         answer.finish = output.finish
 
     def drain(self, most: int = 100_000) -> dict[int, Answer]:

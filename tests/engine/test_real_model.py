@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,24 @@ def test_golden_greedy_continuations(model: Decoder, kernels: str) -> None:
     for i, case in enumerate(cases):
         sure = next((n for n, margin in enumerate(case["margins"]) if margin < least), 16)
         assert tokens_of(found[i])[:sure] == case["ids"][:16][:sure] and (sure > 4 or kernels == "csrc")
+
+
+def test_prompt_logprobs_are_the_golden_ones(model: Decoder, kernels: str) -> None:
+    """0.5 sum(p * difference^2) of the likeliest tokens is the KL divergence to second order: its bound is that of the golden
+    tests, llama.cpp's own for int8 activations."""
+    with np.load(Path(__file__).parent.parent / "data" / "smollm2-135m.npz") as data:
+        ids, top, exact = data["ids"][:300].tolist(), data["top_ids"], data["top_logprobs"].astype(np.float64)
+    params = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=64)
+    outputs = run(make_engine(model, kv_dtype="f32", max_batch_tokens=128), {0: (ids, params)})[0]
+    entries = [entry for output in outputs for entry in output.prompt_logprobs]
+    assert [entry.token_id for entry in entries] == ids[1:]
+    distances = []
+    for position, entry in enumerate(entries):
+        golden = dict(zip(top[position].tolist(), exact[position].tolist(), strict=True))
+        shared = [(golden[token], value) for token, value in (*entry.top, (entry.token_id, entry.logprob)) if token in golden]
+        distances.append(0.5 * sum(math.exp(wanted) * (wanted - value) ** 2 for wanted, value in shared))
+    bound = {"reference": 1e-6, "csrc": GOLDEN["llama.cpp"]["mean_kl"]}[kernels]
+    assert np.mean(distances) <= bound
 
 
 def test_logprobs(model: Decoder, prompts: list[list[int]]) -> None:

@@ -89,7 +89,10 @@ def test_models(api: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"n": 2}, "n: only 1 choice per request is supported"),
+        ({"n": 200}, "n must be between 1 and 128"),
+        ({"logit_bias": {"a": 5}}, "logit_bias must have token ids as keys"),
+        ({"logit_bias": {"99999999": 5}}, "logit_bias: token 99999999 is not in the vocabulary of 49152"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: not supported yet"),
         ({"tool_choice": "required"}, "tool_choice: not supported yet"),
         ({"response_format": {"type": "yaml"}}, "invalid response_format type: 'yaml'"),

@@ -1,0 +1,72 @@
+"""Several answers to one request, side by side: for `n` choices, and for several prompts. Knows no API's shape."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import TypeVar
+
+from ollamapy.errors import BadRequest
+
+MAX_N = 128
+MAX_CHOICES = 2048  # prompts times n
+TOGETHER = 32  # answers under way at a time
+BEHIND = 64  # lines that may wait for the reader
+GAMMA = 0x9E3779B97F4A7C15
+Line = TypeVar("Line")
+
+
+def check_choices(num_prompts: int, n: int) -> None:
+    """Raises BadRequest."""
+    if not 1 <= n <= MAX_N:
+        raise BadRequest(f"n must be between 1 and {MAX_N}")
+    if num_prompts * n > MAX_CHOICES:
+        raise BadRequest(f"{num_prompts} prompts with n = {n} are more than {MAX_CHOICES} choices")
+
+
+def seed_of(seed: int, choice: int) -> int:
+    """Seed of choice 0, 1, ... of a request with a seed, the first its own; -1 stays a random one for each."""
+    return seed if seed < 0 else (seed + choice * GAMMA) & (2**63 - 1)
+
+
+async def side_by_side(start: Sequence[Callable[[], AsyncGenerator[Line]]], n: int) -> AsyncGenerator[tuple[int, Line]]:
+    """Lines of all answers as they come, with their index; `n` neighbours have one prompt.
+
+    The first of these computes it; the others begin with its first line and find the prompt in the prefix cache. An error of
+    one ends all; closing the iterator closes all.
+    """
+    lines: asyncio.Queue[tuple[int, Line] | BaseException | None] = asyncio.Queue(BEHIND)
+    begun = [asyncio.Event() for _ in range(len(start) // n)]
+    room = asyncio.Semaphore(TOGETHER)
+
+    async def read(index: int) -> None:
+        own = begun[index // n]
+        if index % n:
+            await own.wait()
+        try:
+            async with room, aclosing(start[index]()) as answer:
+                async for line in answer:
+                    await lines.put((index, line))
+                    own.set()
+            await lines.put(None)
+        except Exception as error:
+            await lines.put(error)
+        finally:
+            own.set()
+
+    tasks = [asyncio.create_task(read(index)) for index in range(len(start))]
+    try:
+        left = len(tasks)
+        while left:
+            line = await lines.get()
+            if isinstance(line, BaseException):
+                raise line
+            if line is None:
+                left -= 1
+            else:
+                yield line
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
