@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import figures, llama_cpp, machine, plot, table, vllm
+from bench import figures, llama_cpp, machine, plot, starts, table, vllm
 from bench.figures import Samples, Work
+from bench.llama_cpp import PeerError
 from bench.make_model import SHAPES, make
 from bench.quiet import Quiet
 from ollamapy.lifecycle.devices import physical_cores
@@ -32,6 +32,7 @@ from tests.conftest import golden
 RESULTS = Path(__file__).parent / "results"
 OURS = "ollamapy"
 GOLDEN = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
+Say = Callable[[str], None]
 RANDOM = {f"llama-1b-{mix.lower()}": mix for mix in ("Q4_K_M", "Q6_K", "Q8_0", "Q4_0")}
 MODELS = (*GOLDEN, *RANDOM)
 
@@ -66,39 +67,68 @@ def peers_of(name: str, path: Path) -> dict[str, Callable[[Work], Samples]]:
     return found
 
 
-def measure(name: str, path: Path, works: list[Work], turns: str, quiet: Quiet) -> dict[str, Any]:
-    """One row of the report. `turns`: who measures when, A is ours and B the peers."""
-    before, ours = machine.load_average(), []
-    theirs: dict[str, list[Samples]] = {}
-    peers = peers_of(name, path)
-    facts: dict[str, Any] = {}
-    loads: list[float] = []
+class Sitting:
+    """One model's measurements. A peer that fails is left out from then on, and the report says why."""
 
-    def our_turn(work: Work, first: bool) -> None:
-        found = quiet.run(lambda: run_ours(path, work, GOLDEN.get(name, "") if first else ""))
-        ours.append(found.pop("samples"))
-        loads.append(found.pop("load_seconds"))
-        facts.update(found)
+    def __init__(self, name: str, path: Path, quiet: Quiet, say: Say) -> None:
+        self.name, self.path, self.quiet, self.say = name, path, quiet, say
+        self.peers = peers_of(name, path)
+        self.samples: dict[str, list[Samples]] = {OURS: []}
+        self.starts: dict[str, starts.Start] = {}
+        self.failures: dict[str, str] = {}
+        self.facts: dict[str, Any] = {}
 
-    for number, turn in enumerate(turns):
-        for index, work in enumerate(works):
-            if turn == "A":
-                our_turn(work, first=number == index == 0)
-            else:
-                for engine, run in peers.items():
-                    theirs.setdefault(engine, []).append(quiet.run(lambda run=run, work=work: run(work)))  # type: ignore[misc]
-    engines: dict[str, Samples] = {OURS: figures.merge(ours)}
-    engines |= {engine: figures.merge(samples) for engine, samples in theirs.items()}
-    row = {"name": name, "file": path.name, **facts, "load_seconds": statistics.median(loads), "engines": engines}
-    if "kl" in row:
-        row["kl"] = {OURS: row["kl"], llama_cpp.NAME: golden(GOLDEN[name])[llama_cpp.NAME]["mean_kl"]}
-    row["commit"], row["load_average"] = machine.commit(), [before, machine.load_average()]
-    row["others_cpu"] = max(quiet.others)
-    return row
+    def turn(self, engine: str, work: Work) -> None:
+        start = time.perf_counter()
+        if engine == OURS:
+            wants_kl = GOLDEN.get(self.name, "") if not self.facts else ""
+            found = self.quiet.run(lambda: run_ours(self.path, work, wants_kl))
+            self.samples[OURS].append(found.pop("samples"))
+            self.facts = {**found, **self.facts}
+        else:
+            into = self.samples.setdefault(engine, [])
+            self.ask(engine, lambda: into.append(self.quiet.run(lambda: self.peers[engine](work))))
+        self.say(f"  {self.name}, {engine}, {', '.join(work.columns)}: {time.perf_counter() - start:.0f} s")
+
+    def ask(self, engine: str, run: Callable[[], None]) -> None:
+        try:
+            if engine not in self.failures:
+                run()
+        except PeerError as problem:
+            self.failures[engine] = str(problem)
+            self.say(f"  {self.name}, {engine} is left out: {problem}")
+
+    def start(self, threads: int) -> None:
+        """Loads to the first token, and memory, of ours and llama.cpp."""
+        self.starts[OURS] = self.quiet.run(lambda: starts.ours(self.path, threads))
+        folder = os.environ.get("LLAMA_CPP_BIN")
+        if folder:
+            run = lambda: starts.llama(Path(folder), self.path, threads)  # noqa: E731
+            self.ask(llama_cpp.NAME, lambda: self.starts.update({llama_cpp.NAME: self.quiet.run(run)}))
+
+    def row(self) -> dict[str, Any]:
+        engines = {engine: figures.merge(samples) for engine, samples in self.samples.items()}
+        row = {"name": self.name, "file": self.path.name, **self.facts, "engines": engines, "starts": self.starts}
+        if "kl" in row:
+            row["kl"] = {OURS: row["kl"], llama_cpp.NAME: golden(GOLDEN[self.name])[llama_cpp.NAME]["mean_kl"]}
+        return {**row, "failures": self.failures, "commit": machine.commit(), "others_cpu": max(self.quiet.others)}
 
 
-def report(names: list[str], works: list[Work], options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measures and returns what is saved. Models that a report at `options.into` has already are kept."""
+def measure(name: str, path: Path, works: list[Work], options: argparse.Namespace, say: Say) -> dict[str, Any]:
+    """One row of the report. `options.turns`: who measures when, A is ours and B the peers."""
+    before = machine.load_average()
+    sitting = Sitting(name, path, Quiet(options.patience), say)
+    for turn in options.turns:
+        for work in works:
+            for engine in [OURS] if turn == "A" else sitting.peers:
+                sitting.turn(engine, work)
+    if not options.short:
+        sitting.start(options.threads)
+    return {**sitting.row(), "load_average": [before, machine.load_average()]}
+
+
+def reports(names: list[str], works: list[Work], options: argparse.Namespace, say: Say) -> Iterator[dict[str, Any]]:
+    """What is saved, again after each model. Models that a report at `options.into` has already are kept."""
     if not os.environ.get("LLAMA_CPP_BIN"):
         say("LLAMA_CPP_BIN is not set: nothing to compare with")
     old: dict[str, Any] = json.loads(options.into.read_text()) if options.into and options.into.exists() else {}
@@ -106,16 +136,15 @@ def report(names: list[str], works: list[Work], options: argparse.Namespace, say
     if not limits:
         say("no C compiler for this CPU's probes: fractions of its limits are left out")
     limits = {key: max(value, old.get("limits", {}).get(key, 0.0)) for key, value in limits.items()}
-    done = {row["name"]: row for row in old.get("models", [])}
-    for name in names:
-        path, start = model_path(name, options.folder), time.perf_counter()
-        done[name] = measure(name, path, works, options.turns, Quiet(options.patience))
-        seconds, others = time.perf_counter() - start, done[name]["others_cpu"]
-        say(f"{name}: {seconds:.0f} s, load average {done[name]['load_average']}, others used up to {others:.1%} of the cores")
     columns = list(dict.fromkeys([*old.get("columns", []), *(column for work in works for column in work.columns)]))
-    order = [name for name in MODELS if name in done]
-    rows = [done[name] for name in order]
-    return {"machine": machine.facts(), "threads": options.threads, "limits": limits, "columns": columns, "models": rows}
+    done, facts = {row["name"]: row for row in old.get("models", [])}, machine.facts()
+    for number, name in enumerate(names, 1):
+        path, start = model_path(name, options.folder), time.perf_counter()
+        say(f"{name}, {number} of {len(names)}")
+        done[name] = measure(name, path, works, options, say)
+        say(f"{name}: {time.perf_counter() - start:.0f} s, others used up to {done[name]['others_cpu']:.1%} of the cores")
+        rows = [done[name] for name in MODELS if name in done]
+        yield {"machine": facts, "threads": options.threads, "limits": limits, "columns": columns, "models": rows}
 
 
 def parse() -> argparse.Namespace:
@@ -138,20 +167,19 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"unknown models {', '.join(sorted(unknown))} (known: {', '.join(MODELS)})")
     work = Work(options.threads, options.repeats)
-    alone = Work(1, options.repeats, prefill=False, batches=())
+    less = max(options.repeats - 1, 1)  # of the long ones: all six files in a quarter of an hour
+    alone = Work(1, less, prefill=False, batches=())
     works = [replace(work, batches=())]
     if not options.short:
-        works += [replace(work, prefill=False, single=False)] + [alone] * (options.threads > 1)
-    try:
-        found = report(names, works, options, lambda text: print(text, file=sys.stderr, flush=True))
-    except llama_cpp.PeerError as problem:
-        raise SystemExit(str(problem)) from None
+        works += [replace(work, prefill=False, single=False, repeats=less)] + [alone] * (options.threads > 1)
+    found: dict[str, Any] = {}
+    for found in reports(names, works, options, lambda text: print(text, file=sys.stderr, flush=True)):
+        if not options.short or options.into:
+            target = options.into or RESULTS / f"cpu-{found['machine']['time'].replace(':', '')[:15]}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(found, indent=1) + "\n")
+            print(f"saved {target}; {plot.draw(found, target.with_suffix('.png'))}", file=sys.stderr, flush=True)
     print(table.render(found))
-    if not options.short or options.into:
-        target = options.into or RESULTS / f"cpu-{found['machine']['time'].replace(':', '')[:15]}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"saved {target}; {plot.draw(found, target.with_suffix('.png'))}")
     print(json.dumps(found))
 
 

@@ -33,6 +33,7 @@ class Running:
     url: str
     model: str
     first_token_s: float
+    pid: int
     daemon: daemon.Daemon | None = None
 
     def eval_rate(self) -> float:
@@ -58,7 +59,8 @@ def ours(folder: Path, model: Path, threads: int) -> Iterator[Running]:
         url = f"http://{running.host}"
         options = {"num_predict": 1, "temperature": 0}
         request = {"model": NAME, "prompt": "Hello", "stream": False, "options": options}
-        yield Running(url, NAME, timed_answer(f"{url}/api/generate", request), running)
+        assert running.process is not None
+        yield Running(url, NAME, timed_answer(f"{url}/api/generate", request), running.process.pid, running)
 
 
 @contextmanager
@@ -116,7 +118,7 @@ def started(command: list[str], url: str, model: str, variables: dict[str, str] 
             wait_until_healthy(url, process, said)
             request = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
             timed_answer(f"{url}/v1/completions", request)
-            yield Running(url, model, time.perf_counter() - start)
+            yield Running(url, model, time.perf_counter() - start, process.pid)
         finally:
             process.terminate()
             try:

@@ -14,7 +14,7 @@ LIMITS = (("read_gbs", "reads", 1, "GB/s"), ("vnni_gmacs", "int8 dots", 0, "GMAC
 def render(report: Mapping[str, Any]) -> str:
     """Header lines, then for each model a row of each engine and one of ratios."""
     columns = report["columns"]
-    header = ["model", "engine", *columns, "of read", "of VNNI", "mean KL"]
+    header = ["model", "engine", *columns, "of read", "of VNNI", "mean KL", "start s", "MB"]
     rows: list[list[str]] = []
     for model in report["models"]:
         rows += _model_rows(model, columns, report["limits"])
@@ -27,7 +27,10 @@ def _preface(report: Mapping[str, Any]) -> list[str]:
         f"{machine['cpu']}, {report['threads']} threads, {machine['isa'] or 'no kernels'}, torch {machine['torch']}, "
         f"commit {machine['commit']}, load average {machine['load_average']}",
         "tokens/s, medians; ± is half the spread of all samples",
+        "start: of an engine to its first token, the file being in the page cache; MB: of memory it holds then",
     ]
+    for model in report["models"]:
+        lines += [f"{model['name']}, {engine} failed: {problem}" for engine, problem in model.get("failures", {}).items()]
     slow = [f"{model['name']} ({model['kernels']})" for model in report["models"] if model["kernels"] != "csrc"]
     if slow:
         lines.append(f"without the C++ kernels: {', '.join(slow)}")
@@ -50,6 +53,7 @@ def _model_rows(model: Mapping[str, Any], columns: Sequence[str], limits: Mappin
                 percent(figures.fraction_of_read(model, limits, decode)),
                 percent(figures.fraction_of_dots(model, limits, prefill)),
                 _kl(model.get("kl", {}).get(engine)),
+                *_start(model.get("starts", {}).get(engine)),
             ]
         )
     ours = engines.get("ollamapy", {})
@@ -57,7 +61,7 @@ def _model_rows(model: Mapping[str, Any], columns: Sequence[str], limits: Mappin
         if peer == "ollamapy":
             continue
         ratios = [figures.ratio(figures.median(ours, column), figures.median(samples, column)) for column in columns]
-        rows.append(["", f"ratio to {peer}", *(NONE if each is None else f"{each:.2f}x" for each in ratios), "", "", ""])
+        rows.append(["", f"ratio to {peer}", *(NONE if each is None else f"{each:.2f}x" for each in ratios), *[""] * 5])
     return rows
 
 
@@ -71,6 +75,10 @@ def _cell(samples: Mapping[str, list[float]], column: str) -> str:
 
 def percent(fraction: float | None) -> str:
     return NONE if fraction is None else f"{fraction * 100:.0f}%"
+
+
+def _start(found: Mapping[str, float] | None) -> tuple[str, str]:
+    return (f"{found['first_token_s']:.2f}", f"{found['memory_bytes'] / 1e6:.0f}") if found else (NONE, NONE)
 
 
 def _kl(value: float | None) -> str:

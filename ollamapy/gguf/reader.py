@@ -99,7 +99,10 @@ class GGUFFile:
         return self._views[tensor.part][tensor.offset : tensor.offset + tensor.nbytes]
 
     def close(self) -> None:
-        """Lets go of the mapping; views that were given out stay valid."""
+        """Lets go of the mapping. Views that were given out stay valid; the pages of the whole file, which one of them would
+        keep in this process's memory, are given back to the page cache until they are touched again."""
+        for view in self._views:
+            view.obj.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
         self._views = []
 
     def __enter__(self) -> GGUFFile:

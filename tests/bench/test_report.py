@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import figures, llama_cpp, plot, table, vllm
+from bench import cpu, figures, llama_cpp, plot, starts, table, vllm
 from bench.figures import Work
+from bench.quiet import Quiet
 
 REPORT: dict[str, Any] = {
     "machine": {"cpu": "Some CPU", "isa": "avx512bf16", "torch": "2.13.0", "commit": "abc", "load_average": 0.1},
@@ -24,6 +27,7 @@ REPORT: dict[str, Any] = {
             "decode_bytes": 100_000_000,
             "prefill_macs": 100_000_000,
             "kl": {"ollamapy": 0.002, "llama.cpp": 0.003},
+            "starts": {"ollamapy": {"first_token_s": 1.254, "memory_bytes": 130_400_000}},
             "engines": {
                 "ollamapy": {"prefill512": [3000.0, 2900.0, 3100.0], "decode1": [200.0], "decode4": [600.0, 500.0]},
                 "llama.cpp": {"prefill512": [1000.0], "decode1": [100.0]},
@@ -31,6 +35,9 @@ REPORT: dict[str, Any] = {
         }
     ],
 }
+
+
+ENDS = ("of read", "of VNNI", "mean KL", "start s", "MB")
 
 
 def cells(line: str) -> list[str]:
@@ -41,10 +48,10 @@ def test_table_of_two_engines() -> None:
     lines = table.render(REPORT).splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("|"))
     header, _, ours, theirs, ratios = lines[start:]
-    assert cells(header) == ["model", "engine", "prefill512", "decode1", "decode4", "of read", "of VNNI", "mean KL"]
-    assert cells(ours) == ["m", "ollamapy", "3000 ±3%", "200 ±0%", "550 ±9%", "50%", "30%", "2.0e-03"]
-    assert cells(theirs) == ["", "llama.cpp", "1000 ±0%", "100 ±0%", "-", "25%", "10%", "3.0e-03"]
-    assert cells(ratios) == ["", "ratio to llama.cpp", "3.00x", "2.00x", "-", "", "", ""]
+    assert cells(header) == ["model", "engine", "prefill512", "decode1", "decode4", *ENDS]
+    assert cells(ours) == ["m", "ollamapy", "3000 ±3%", "200 ±0%", "550 ±9%", "50%", "30%", "2.0e-03", "1.25", "130"]
+    assert cells(theirs) == ["", "llama.cpp", "1000 ±0%", "100 ±0%", "-", "25%", "10%", "3.0e-03", "-", "-"]
+    assert cells(ratios) == ["", "ratio to llama.cpp", "3.00x", "2.00x", "-", *[""] * 5]
     assert len({len(line) for line in lines[start:]}) == 1
 
 
@@ -94,6 +101,36 @@ def test_llama_cpp_failures_are_told(tmp_path: Path) -> None:
     script(tmp_path / "llama-bench", "echo 'cannot read m.gguf' >&2; exit 3")
     with pytest.raises(llama_cpp.PeerError, match=r"ended with 3: cannot read m\.gguf"):
         llama_cpp.measure(tmp_path, Path("m.gguf"), Work(1))
+
+
+def test_a_peer_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tmp_path / "calls"
+    script(tmp_path / "llama-bench", f"echo called >> {calls}; echo 'cannot read m.gguf' >&2; exit 3")
+    monkeypatch.setenv("LLAMA_CPP_BIN", str(tmp_path))
+    monkeypatch.delenv("VLLM_URL", raising=False)
+    said: list[str] = []
+    sitting = cpu.Sitting("m", Path("m.gguf"), Quiet(0.0), said.append)
+    for _ in range(2):
+        sitting.turn(llama_cpp.NAME, Work(1, batches=()))
+    problem = "llama-bench ended with 3: cannot read m.gguf"
+    assert calls.read_text() == "called\n" and any(problem in line for line in said)
+    sitting.quiet.others.append(0.0)
+    row = sitting.row()
+    assert row["failures"] == {"llama.cpp": problem} and row["engines"]["llama.cpp"] == {}
+    report = {**REPORT, "models": [{**REPORT["models"][0], **row}]}
+    assert f"m, llama.cpp failed: {problem}" in table.render(report).splitlines()
+    assert plot.draw(report, tmp_path / "x.png")
+
+
+def test_memory_counts_children(tmp_path: Path) -> None:
+    """A child's own 50 MB are in, and pages shared with it not twice."""
+    code = "import os, sys; data = os.fork() or b'x' * 50_000_000; print(1, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        assert [process.stdout.readline() for _ in range(2)] == [b"1\n"] * 2
+        found = starts.memory(process.pid)
+        process.stdin.close()
+    assert 50_000_000 < found < 90_000_000
 
 
 def test_plot_is_drawn_or_says_what_is_missing(tmp_path: Path) -> None:

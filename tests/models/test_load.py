@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,18 @@ def test_float32_weights_are_not_copied(llama: File, tmp_path: Path) -> None:
     spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
     address = model.blk[0].attention.attn_q.weight.data.data_ptr()
     assert any(start <= address < end for start, end in spans)
+
+
+def test_the_file_leaves_memory_once_it_is_packed(smollm2_path: Path) -> None:
+    """Norms lie in the mapped file and keep it mapped; its matrices must not stay resident beside their packed copies."""
+    with GGUFFile.open(smollm2_path) as file:
+        model = load_model(file, torch.device("cpu"))
+        size = sum(tensor.nbytes for tensor in file.tensors.values())
+    assert model.output_norm.weight.abs().sum() > 0
+    maps = Path("/proc/self/smaps").read_text().split(str(smollm2_path.resolve()))
+    assert len(maps) > 1
+    resident = sum(int(re.search(r"^Rss:\s+(\d+)", part, re.MULTILINE)[1]) for part in maps[1:])  # type: ignore[index]
+    assert resident * 1024 < size / 4
 
 
 def test_states_say_what_the_cache_needs(tmp_path: Path) -> None:
