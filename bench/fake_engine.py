@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import socket
 
 from ollamapy import env
-from ollamapy.engine.protocol import Embedding, EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
+from ollamapy.engine.protocol import Caller, Embedding, EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
 from ollamapy.gguf.types import GGMLType
 from ollamapy.gguf.writer import write_gguf
 from ollamapy.lifecycle import forkserver
@@ -68,12 +68,12 @@ class Counter:
     def has_work(self) -> bool:
         return bool(self._running)
 
-    def add(self, request_id: int, token_ids: list[int], params: SamplingParams) -> None:
+    def add(self, request_id: int, token_ids: list[int], params: SamplingParams, caller: Caller) -> None:
         self._pace = max(0, params.seed)
         self._running[request_id] = (len(token_ids), params.max_tokens)
         self._done[request_id] = 0
 
-    def embed(self, request_id: int, token_ids: list[int]) -> None:
+    def embed(self, request_id: int, token_ids: list[int], caller: Caller) -> None:
         raise ValueError("it does not embed")
 
     def abort(self, request_id: int) -> None:

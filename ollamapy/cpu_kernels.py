@@ -175,12 +175,12 @@ def attention(
 class DecoderLayer:
     """A pre-norm decoder layer with gated feed-forward, as `Stack` takes it.
 
-    weights and biases: q (alone: the rows of q, k and v), k, v, o, gate (alone: the rows of gate and up), up, down. With
-    `routing`, gate, up and down are those of all experts, and router has a row for each.
+    weights and biases: q (alone: the rows of q, k and v), k, v, o, gate (alone: the rows of gate and up), up, down, in the form
+    of the linear kernel. With `routing`, gate, up and down are those of all experts, and router has a row for each.
     vectors: attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm, k_norm, sinks; what a model does not have is left out.
     """
 
-    weights: Mapping[str, Packed]
+    weights: Mapping[str, Any]
     biases: Mapping[str, Tensor]
     vectors: Mapping[str, Tensor]
     num_heads: int
@@ -195,6 +195,12 @@ class DecoderLayer:
     temper: bool
     eps: float
     routing: Routing | None = None
+
+
+def stack(layers: Sequence[DecoderLayer]) -> Stack | str:
+    """A `Stack`, or why it cannot take the layers."""
+    reasons = filter(None, map(misfit, layers))
+    return next(reasons, "") or Stack(layers)
 
 
 def misfit(layer: DecoderLayer) -> str:

@@ -79,6 +79,9 @@ class Settings:
     max_loaded_models: int = _variable("OLLAMA_MAX_LOADED_MODELS", _count, 0, "Models loaded at once (0: 3 per GPU, or 3)")
     num_parallel: int = _variable("OLLAMA_NUM_PARALLEL", _count, 0, "Full contexts a model has KV room for (0: by memory)")
     max_queue: int = _variable("OLLAMA_MAX_QUEUE", _count, 512, "Requests that may wait, per model")
+    max_queue_per_client: int = _variable(
+        "OLLAMAPY_MAX_QUEUE_PER_CLIENT", _count, 0, "Requests of one client that may wait, per model (0: half of the queue)"
+    )
     context_length: int = _variable("OLLAMA_CONTEXT_LENGTH", _count, 0, "Default context length (0: by memory)")
     kv_cache_type: str = _variable(
         "OLLAMA_KV_CACHE_TYPE", str, "", "Type of the KV cache: f16, q8_0, bf16 or f32 (default f16)"

@@ -107,13 +107,13 @@ class Unreachable(OllamapyError):
 
 
 class ServerBusy(OllamapyError):
-    """The request was refused before any work; retry after `retry_after` seconds."""
+    """The request was refused before any work; retry after `retry_after` seconds. `limit`: whose it is, "model" or "client"."""
 
     status = 503
 
-    def __init__(self, text: str, retry_after: int = 1) -> None:
+    def __init__(self, text: str, retry_after: int = 1, limit: str = "") -> None:
         super().__init__(text)
-        self.retry_after = retry_after
+        self.retry_after, self.limit = retry_after, limit
 
 
 class StoreError(OllamapyError):

@@ -1,4 +1,4 @@
-"""What a row of `ops.TABLE` is: a kernel, the places it serves, a weight in its form. Knows no kernel."""
+"""What a row of `kernel_table.TABLE` is: a kernel, the places it serves, a weight in its form. Knows no kernel."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Kernel:
     """One implementation of one op. `needs` returns why it cannot serve a place, "" when it can.
 
     `prepare` brings a weight into the form that `fn` takes; only ops on weights have one. `rows` of a linear kernel is an
-    embedding kernel that reads what it prepared. `precise`: False for a kernel that rounds activations, True for its
-    counterpart that does not, None where both wishes are served.
+    embedding kernel that reads what it prepared. `devices`: the types of device that it is for, () for all; on others it is no
+    candidate unless its family is forced, and is passed over in silence. `precise`: False for a kernel that rounds activations,
+    True for its counterpart that does not, None where both wishes are served.
     """
 
     op: str
@@ -36,6 +37,7 @@ class Kernel:
     needs: Callable[[Place], str]
     prepare: Callable[[QuantTensor, torch.device], Any] | None = None
     rows: Kernel | None = None
+    devices: tuple[str, ...] = ()
     precise: bool | None = None
 
 

@@ -1,8 +1,8 @@
 """THE dispatch place: op -> implementation, by declared capability. Layers call `ops.*`; nothing else imports a kernel.
 
-`TABLE` is ordered, best first. `choose` resolves it once for a device: the first row whose `needs` has no objection serves
-the op. Ops on weights are resolved once per weight, at load, by `prepare`: a kernel may take some quantization types only.
-A row that is passed over is logged once, with the reason. Adding a kernel is adding a row.
+`TABLE` (`kernel_table.py`) is ordered, best first. `choose` resolves it once for a device: the first row whose `needs` has no
+objection serves the op. Ops on weights are resolved once per weight, at load, by `prepare`: a kernel may take some quantization
+types only. A row for the device that is passed over is logged once, with the reason.
 """
 
 from __future__ import annotations
@@ -16,107 +16,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ollamapy import cpu_kernels, cpu_sampling, extension, reference
+from ollamapy import cpu_kernels, reference
 from ollamapy.cpu_kernels import DecoderLayer as DecoderLayer
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.engine.filters import Floats, Ids
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.errors import UnsupportedModel
-from ollamapy.gguf.types import TYPES, GGMLType
+from ollamapy.gguf.types import GGMLType
 from ollamapy.kernel import Kernel as Kernel
 from ollamapy.kernel import Place as Place
 from ollamapy.kernel import Weight as Weight
-from ollamapy.quant.dequant import DEQUANT
+from ollamapy.kernel_table import FAMILIES, TABLE
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation as Activation
 from ollamapy.reference import Routing as Routing
-from ollamapy.reference import attention as paged_attention
-from ollamapy.reference import sampling
 
 log = logging.getLogger(__name__)
 
-FAMILIES = ("csrc", "triton", "reference")
 Use = Literal["linear", "embedding", "dense"]
 
 
-def _anywhere(place: Place) -> str:
-    return ""
-
-
-def _decodable(place: Place) -> str:
-    return "" if place.type in DEQUANT else f"no decoder for {TYPES[place.type].name if place.type is not None else 'it'}"
-
-
-def _on_cpu(place: Place) -> str:
-    if place.device.type != "cpu":
-        return f"not built for {place.device.type}"
-    return "" if extension.load() is not None else f"the extension is {extension.status()}"
-
-
-def _heads_fit(place: Place) -> str:
-    odd = [length for length in place.head_lengths if length % 16 or length > cpu_kernels.MAX_HEAD]
-    return _on_cpu(place) or (f"head length {odd[0]} is not a multiple of 16 up to {cpu_kernels.MAX_HEAD}" if odd else "")
-
-
-def _reads_rows(place: Place) -> str:
-    return _on_cpu(place) or ("" if place.type in cpu_kernels.PACKED else "no decoder for this tensor type")
-
-
-def _packable(place: Place) -> str:
-    return _on_cpu(place) or _decodable(place)
-
-
-_TILE_ROWS = Kernel("embedding", "csrc", cpu_kernels.embedding, _reads_rows)
-
-TABLE: tuple[Kernel, ...] = (
-    Kernel("embedding", "csrc", cpu_kernels.embedding_rows, _reads_rows, reference.prepare_embedding),
-    Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
-    Kernel("linear", "csrc", cpu_kernels.linear, _packable, cpu_kernels.prepare_linear, _TILE_ROWS, precise=False),
-    Kernel("linear", "csrc", cpu_kernels.linear, _packable, cpu_kernels.prepare_precise, _TILE_ROWS, precise=True),
-    Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),
-    Kernel("moe", "csrc", cpu_kernels.moe, _on_cpu),
-    Kernel("moe", "reference", reference.moe, _anywhere),
-    Kernel("pad_rows", "csrc", cpu_kernels.pad_rows, _on_cpu),
-    Kernel("pad_rows", "reference", reference.pad_rows, _anywhere),
-    Kernel("rms_norm", "csrc", cpu_kernels.rms_norm, _on_cpu),
-    Kernel("rms_norm", "reference", reference.rms_norm, _anywhere),
-    Kernel("layer_norm", "reference", reference.layer_norm, _anywhere),
-    Kernel("rope", "reference", reference.rope, _anywhere),
-    Kernel("gated_activation", "reference", reference.gated_activation, _anywhere),
-    Kernel("softcap", "reference", reference.softcap, _anywhere),
-    Kernel("stack", "csrc", cpu_kernels.Stack, _heads_fit),
-    Kernel("stack", "reference", lambda layers: None, _anywhere),
-    Kernel("new_cache", "csrc", cpu_kernels.new_cache, _heads_fit),
-    Kernel("new_cache", "reference", reference.new_cache, _anywhere),
-    Kernel("write_kv", "csrc", cpu_kernels.write_kv, _heads_fit),
-    Kernel("write_kv", "reference", reference.write_kv, _anywhere),
-    Kernel("plan_attention", "csrc", cpu_kernels.plan_attention, _heads_fit),
-    Kernel("plan_attention", "reference", paged_attention.plan, _anywhere),
-    Kernel("attention", "csrc", cpu_kernels.attention, _heads_fit),
-    Kernel("attention", "reference", paged_attention.attention, _anywhere),
-    Kernel("largest", "csrc", cpu_sampling.largest, _on_cpu),
-    Kernel("largest", "reference", sampling.largest, _anywhere),
-    Kernel("log_totals", "csrc", cpu_sampling.log_totals, _on_cpu),
-    Kernel("log_totals", "reference", sampling.log_totals, _anywhere),
-    Kernel("draw", "csrc", cpu_sampling.draw, _on_cpu),
-    Kernel("draw", "reference", sampling.draw, _anywhere),
-)
 _WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
+
+
+def stack(layers: Sequence[DecoderLayer]) -> Any | None:
+    """One call for all decoder layers, where the kernels in force have that and every layer fits it; else None."""
+    made = _fn["stack"](layers)
+    if not isinstance(made, str):
+        return made
+    if made:
+        log.info("layers run op by op (%s)", made)
+    return None
 
 
 def kernels_for(op: str) -> list[Kernel]:
     """The candidates of an op, best first."""
     return [kernel for kernel in TABLE if kernel.op == op]
-
-
-def stack(layers: Sequence[DecoderLayer]) -> Any | None:
-    """One call for all decoder layers, where the kernels in force have that and every layer fits it; else None."""
-    if _choice.chosen.get("stack") != "csrc":
-        return None
-    if reason := next(filter(None, map(cpu_kernels.misfit, layers)), ""):
-        log.info("layers run op by op (%s)", reason)
-        return None
-    return _fn["stack"](layers)
 
 
 class Choice:
@@ -145,6 +80,8 @@ class Choice:
         candidates = sorted(wanted, key=lambda kernel: bool(self.family) and kernel.family != self.family)
         refused: list[str] = []
         for kernel in candidates:
+            if kernel.devices and place.device.type not in kernel.devices and kernel.family != self.family:
+                continue
             reason = kernel.needs(place)
             if not reason:
                 self._log(op, kernel, refused)

@@ -12,19 +12,21 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 OPS: dict[str, str] = {
     "embedding": "embedding.embedding",
-    "linear": "matmul.linear",
+    "linear": "linear.linear",
+    "pad_rows": "linear.pad_rows",
+    "stack": "stack.stack",
     "moe": "moe.moe",
     "rms_norm": "norm.rms_norm",
     "layer_norm": "norm.layer_norm",
-    "add_rms_norm": "norm.add_rms_norm",
     "rope": "rope.rope",
-    "write_kv": "rope.write_kv",
-    "rope_write_kv": "rope.rope_write_kv",
+    "write_kv": "place.write_kv",
     "gated_activation": "activation.gated_activation",
     "softcap": "activation.softcap",
-    "new_cache": "attention.new_cache",
+    "new_cache": "cache.new_cache",
     "plan_attention": "attention.plan",
     "attention": "attention.attention",
 }
@@ -32,17 +34,29 @@ OPS: dict[str, str] = {
 
 PREPARE: dict[str, str] = {
     "embedding": "embedding.prepare_embedding",
-    "linear": "matmul.prepare_linear",
-    "moe": "matmul.prepare_linear",
+    "linear": "linear.prepare_linear",
 }
 """op on weights -> what brings a `QuantTensor` into the form that it takes (`layout.Planes`)"""
 
 
-def objection(device_type: str) -> str:
-    """Why the kernels cannot serve a device; "" when they can."""
-    if device_type not in ("cuda", "xpu"):  # PyTorch calls AMD's devices cuda too
-        return f"Triton has no kernels for {device_type}"
-    return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+DEVICES = ("cuda", "xpu")  # PyTorch calls AMD's devices cuda too
+LEAST_CAPABILITY = (7, 5)  # of NVIDIA's: Triton's own least
+
+
+def objection(device: torch.device) -> str:
+    """Why the kernels cannot serve a device; "" when they can. A CPU is served by Triton's interpreter, for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        interpreted = importlib.import_module("triton").knobs.runtime.interpret
+        return "" if interpreted else "Triton has no kernels for cpu (TRITON_INTERPRET=1 interprets them, for tests)"
+    if device.type not in DEVICES:
+        return f"Triton has no kernels for {device.type}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]} is below {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
+    return ""
 
 
 def load(op: str, table: dict[str, str] = OPS) -> Callable[..., Any]:

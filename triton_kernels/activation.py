@@ -18,6 +18,15 @@ def _tanh(x):
 
 
 @triton.jit
+def gate_times_up(gate, up, GELU: tl.constexpr):
+    """act(gate) * up in float32."""
+    if GELU:
+        return 0.5 * gate * (1.0 + _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))) * up
+    else:
+        return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def gated_kernel(gate, up, out, width, gate_stride, up_stride, GELU: tl.constexpr, SIZE: tl.constexpr):
     """out = act(gate) * up; rows of gate and up may be halves of longer ones."""
     row = tl.program_id(0).to(tl.int64)
@@ -25,8 +34,7 @@ def gated_kernel(gate, up, out, width, gate_stride, up_stride, GELU: tl.constexp
     live = i < width
     g = tl.load(gate + row * gate_stride + i, live, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + i, live, other=0.0).to(tl.float32)
-    g *= 0.5 * (1.0 + _tanh(0.7978845608028654 * (g + 0.044715 * g * g * g))) if GELU else tl.sigmoid(g)
-    tl.store(out + row * width + i, (g * u).to(out.dtype.element_ty), live)
+    tl.store(out + row * width + i, gate_times_up(g, u, GELU).to(out.dtype.element_ty), live)
 
 
 @triton.jit
@@ -36,11 +44,11 @@ def softcap_kernel(x, count, cap, SIZE: tl.constexpr):
     tl.store(x + i, (cap * _tanh(value / cap)).to(x.dtype.element_ty), i < count)
 
 
-def gated_activation(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
+def gated_activation(gate: Tensor, up: Tensor, kind: Activation, out: Tensor | None = None) -> Tensor:
     """act(gate) * up (n, F), in memory of its own."""
     assert gate.stride(-1) == up.stride(-1) == 1
     rows, width = gate.shape
-    out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+    out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device) if out is None else out
     if out.numel():
         size = min(BLOCK, triton.next_power_of_2(width))
         gated_kernel[(rows, triton.cdiv(width, size))](

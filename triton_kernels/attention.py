@@ -1,6 +1,6 @@
 """Attention over the paged KV cache: one kernel for prefill and decode, and the sum of split keys. Knows no model.
 
-Caches are key (num_blocks, Hkv, block, D) and value (num_blocks, Hkv, block, Dv): a head's block is one piece of memory. The
+Caches are those of `cache`. The
 query heads of a key-value head are rows of one tile, so its keys are read once. Long contexts are split at fixed positions,
 so a row's sums do not depend on the other sequences of its batch.
 """
@@ -15,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.triton_kernels import cache as caches
+from ollamapy.triton_kernels import tuning
 
-SPLIT_KEYS = 512  # keys of one program when decoding
+DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
 TILE_ROWS = 64  # of queries times heads, in prefill; half as many in float32, which no tensor core multiplies exactly
 TILE_KEYS = 64  # fewer for heads of more than TILE_HEAD_BYTES: tiles of heads of 256 would spill and outgrow shared memory
 TILE_HEAD_BYTES = 256
@@ -28,6 +31,8 @@ def attention_kernel(
     q,
     key,
     value,
+    key_steps,
+    value_steps,
     out,
     peak,
     total,
@@ -56,11 +61,14 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    DOT: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """One tile: TOKENS queries of a sequence, all heads of one key-value head, and SPLIT keys (0: all of them).
 
     Writes softmax(q k^T scale) v to out (n, H, DV); or with SPLIT the unnormalized sums to out (splits, tiles, H, DV) with
     their maximum and total (splits, tiles, H), float32, in units of log2. `window` is the reach: the first hidden distance.
+    KIND 1: a Q8_0 cache, rows of codes with their steps behind them (see `cache`). Products are of type DOT, sums float32.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -80,7 +88,7 @@ def attention_kernel(
     dim = tl.arange(0, PADDED_D)
     dim_v = tl.arange(0, PADDED_DV)
     rows = tl.load(q + (token * HEADS + head)[:, None] * D + dim[None, :], (dim < D)[None, :], other=0.0)
-    rows = (rows.to(tl.float32) * scale).to(key.dtype.element_ty)
+    rows = (rows.to(tl.float32) * scale).to(DOT)
 
     start = 0
     stop = length
@@ -107,7 +115,13 @@ def attention_kernel(
         held = at < length
         block = tl.load(block_table + sequence.to(tl.int64) * table_width + at // BLOCK, held, other=0).to(tl.int64)
         slot = (block * KV_HEADS + kv_head) * BLOCK + at % BLOCK
-        k = tl.load(key + slot[None, :] * D + dim[:, None], held[None, :] & (dim < D)[:, None], other=0.0)
+        mask = held[None, :] & (dim < D)[:, None]
+        if KIND == 1:
+            k = tl.load(key + slot[None, :] * (D + D // 16) + dim[:, None], mask, other=0).to(tl.float32)
+            at_steps = key_steps + slot[None, :] * ((D + D // 16) // 2) + D // 2 + (dim // 32)[:, None]
+            k = (k * tl.load(at_steps, mask, other=0.0).to(tl.float32)).to(DOT)
+        else:
+            k = tl.load(key + slot[None, :] * D + dim[:, None], mask, other=0.0).to(DOT)
         scores = tl.dot(rows, k, input_precision="ieee")
         if CAP:
             scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
@@ -125,8 +139,14 @@ def attention_kernel(
         old = tl.exp2(most - finite)
         parts = tl.exp2(scores - finite[:, None])
         sum = sum * old + tl.sum(parts, 1)
-        v = tl.load(value + slot[:, None] * DV + dim_v[None, :], held[:, None] & (dim_v < DV)[None, :], other=0.0)
-        acc = tl.dot(parts.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+        mask = held[:, None] & (dim_v < DV)[None, :]
+        if KIND == 1:
+            v = tl.load(value + slot[:, None] * (DV + DV // 16) + dim_v[None, :], mask, other=0).to(tl.float32)
+            at_steps = value_steps + slot[:, None] * ((DV + DV // 16) // 2) + DV // 2 + (dim_v // 32)[None, :]
+            v = (v * tl.load(at_steps, mask, other=0.0).to(tl.float32)).to(DOT)
+        else:
+            v = tl.load(value + slot[:, None] * DV + dim_v[None, :], mask, other=0.0).to(DOT)
+        acc = tl.dot(parts.to(DOT), v, acc * old[:, None], input_precision="ieee")
         most = higher
 
     mask = real[:, None] & (dim_v < DV)[None, :]
@@ -195,6 +215,7 @@ class AttentionPlan:
 
     batch: Batch
     tile_rows: int
+    split_keys: int
     launches: dict[int, list[Launch]] = field(default_factory=dict)
 
     def for_group(self, group: int) -> list[Launch]:
@@ -212,7 +233,7 @@ class AttentionPlan:
         made = []
         if decoding:
             longest = max(self.batch.context_lens[s] for s in decoding)
-            splits = triton.cdiv(longest, SPLIT_KEYS) if longest > SPLIT_KEYS else 0
+            splits = triton.cdiv(longest, self.split_keys) if longest > self.split_keys else 0
             least = max(16, triton.next_power_of_2(group))  # rows of a matrix product
             made.append(Launch(*self._tiles([(s, 0) for s in decoding]), 1, least, splits))
         if prefill:
@@ -220,21 +241,16 @@ class AttentionPlan:
         return made
 
     def _tiles(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        sequence, first = torch.tensor(pairs, dtype=torch.int32, device=self.batch.block_table.device).t().contiguous()
+        count, device = len(pairs), self.batch.block_table.device
+        if count == self.batch.num_seqs and self.batch.num_tokens == count:  # decoding alone: nothing to copy to the device
+            return torch.arange(count, dtype=torch.int32, device=device), torch.zeros(count, dtype=torch.int32, device=device)
+        sequence, first = torch.tensor(pairs, dtype=torch.int32, device=device).t().contiguous()
         return sequence, first
 
 
 def plan(batch: Batch, cache: KVCache) -> AttentionPlan:
-    return AttentionPlan(batch, TILE_ROWS // 2 if cache.key.dtype == torch.float32 else TILE_ROWS)
-
-
-def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """key (num_blocks, Hkv, block_size, D), value (num_blocks, Hkv, block_size, Dv). Zeros: stale memory must hold no NaN."""
-    slots = (num_blocks, state.num_kv_heads, block_size)
-    return KVCache(
-        key=torch.zeros(*slots, state.key_length, dtype=dtype, device=device),
-        value=torch.zeros(*slots, state.value_length, dtype=dtype, device=device),
-    )
+    rows = TILE_ROWS // 2 if cache.key.dtype == torch.float32 else TILE_ROWS
+    return AttentionPlan(batch, rows, tuning.of(cache.key.device).split_keys)
 
 
 def attention(
@@ -250,10 +266,14 @@ def attention(
 ) -> Tensor:
     """(n, H, D) -> (n, H * Dv): see `ollamapy.reference.attention`. Rows beyond the batch's are zero."""
     q = q.contiguous()
-    kv_heads, block, value_length = cache.value.shape[1:]
-    batch, heads, length = plan.batch, q.shape[1], q.shape[2]
+    kv_heads, block = cache.value.shape[1:3]
+    length, value_length = caches.lengths(cache)
+    batch, heads = plan.batch, q.shape[1]
+    key, key_steps = caches.parts(cache.key)
+    value, value_steps = caches.parts(cache.value)
+    dot = cache.key.dtype if cache.key.dtype in DOT_TYPES else tuning.activations(q.device)
     padded = [max(triton.next_power_of_2(size), 16) for size in (length, value_length)]
-    head_bytes = max(padded) * cache.key.element_size()
+    head_bytes = max(padded) * dot.itemsize
     wide = head_bytes > TILE_HEAD_BYTES
     out = q.new_zeros(q.shape[0], heads, value_length)
     for launch in plan.for_group(heads // kv_heads):
@@ -264,7 +284,7 @@ def attention(
             parts = torch.empty(splits, tiles, heads, value_length, dtype=torch.float32, device=q.device)
             peak, total = torch.empty(2, splits, tiles, heads, dtype=torch.float32, device=q.device)
         attention_kernel[(tiles, kv_heads, max(splits, 1))](
-            *(q, cache.key, cache.value, parts, peak, total, q if sinks is None else sinks),
+            *(q, key, value, key_steps, value_steps, parts, peak, total, q if sinks is None else sinks),
             *(launch.sequence, launch.first, batch.query_start, batch.seq_lens, batch.block_table),
             table_width=batch.block_table.shape[1],
             scale=scale,
@@ -280,11 +300,13 @@ def attention(
             TOKENS=launch.tokens,
             ROWS=launch.rows,
             KEYS=max(TILE_KEYS * TILE_HEAD_BYTES // head_bytes, 16) if wide else TILE_KEYS,
-            SPLIT=SPLIT_KEYS if splits else 0,
+            SPLIT=plan.split_keys if splits else 0,
             CAUSAL=causal,
             WINDOW=window > 0,
             CAP=cap > 0.0,
             SINKS=sinks is not None,
+            DOT=DOT_TYPES[dot],
+            KIND=int(caches.quantized(cache)),
             num_warps=8 if head_bytes >= TILE_HEAD_BYTES and launch.tokens > 1 else 4,
             num_stages=2 if wide else 3,
         )

@@ -14,7 +14,7 @@ The unit is a group of 32 consecutive weights of a row, seen as two halves of 16
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
@@ -98,7 +98,7 @@ FORMS: dict[GGMLType, Form] = {
 DENSE = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Planes:
     """A weight (..., N, K) as planes (R, ...), R being the rows of all leading dimensions. Dense weights: `low` alone."""
 
@@ -116,8 +116,14 @@ class Planes:
         return FORMS.get(self.type)
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The planes that there are, by name."""
+        every = {"low": self.low, "high": self.high, "scales": self.scales, "d": self.d, "m": self.m}
+        return {name: plane for name, plane in every.items() if plane is not None}
+
+    @property
     def nbytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in (self.low, self.high, self.scales, self.d, self.m) if p is not None)
+        return sum(plane.nbytes for plane in self.tensors.values())
 
     @property
     def rows(self) -> int:
@@ -237,11 +243,21 @@ def pack(weight: QuantTensor) -> Planes:
         return Planes(weight.type, weight.shape, dense.view(-1, columns))
     parts: list[Planes] = []
     _in_chunks(data.shape[0], columns, lambda start, stop: parts.append(_pack_rows(data[start:stop], weight.type, columns)))
-    if len(parts) == 1:
-        return replace(parts[0], shape=weight.shape)
-    names = ("low", "high", "scales", "d", "m")
-    planes = {name: torch.cat([getattr(p, name) for p in parts]) for name in names if getattr(parts[0], name) is not None}
-    return Planes(weight.type, weight.shape, **planes)
+    whole = parts[0] if len(parts) == 1 else join(parts)
+    return replace(whole, shape=weight.shape)
+
+
+def join(parts: Sequence[Planes]) -> Planes:
+    """The rows of several weights of one type and one K, one after the other, as one weight (R, K). The parts become views of
+    it, so that there is one copy still."""
+    first = parts[0]
+    assert all(part.type is first.type and part.shape[-1] == first.shape[-1] for part in parts)
+    counts = [part.rows for part in parts]
+    joined = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
+    for name, plane in joined.items():
+        for part, rows in zip(parts, plane.split(counts), strict=True):
+            setattr(part, name, rows)
+    return Planes(first.type, (sum(counts), first.shape[-1]), **joined)
 
 
 def _unpack_rows(planes: Planes, start: int, stop: int, blocks: Tensor) -> None:

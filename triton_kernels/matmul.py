@@ -1,42 +1,16 @@
-"""y = x W^T on packed weights: matvec, tiles with dequantization in registers, or a whole layer to bfloat16 for many rows.
+"""Kernels of y = x W^T on packed weights (see `layout`): matvec, tiles with dequantization in registers, and the end of both.
 
-All three read the one copy of a weight (see `layout`). What is launched for which shape is the table `choose_path` and
-`TILES`; nothing is tuned at a user's start. Float types go through torch. Sums over K that several programs share are
-added in the order of K, so a result never depends on which program was first.
+An end adds a bias, a residual stream, or joins gate and up. Sums over K that several programs share are added in the order of
+K, so a result never depends on which program was first. `linear` launches them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ollamapy.quant.tensor import QuantTensor
 from ollamapy.triton_kernels import decode
-from ollamapy.triton_kernels.embedding import dequantize
-from ollamapy.triton_kernels.layout import GROUP, Planes, pack
-
-MATVEC_ROWS = 4  # most rows of x that the matvec kernel takes
-DENSE_ROWS = 256  # from here on, decoding a layer costs less than a fused kernel loses to a dense matmul
-PROGRAMS = 264  # two for each multiprocessor of an H100: below that, K is split
-
-
-class Tile(NamedTuple):
-    """Of the tile kernel: rows of x, rows of W, groups of K at a time, and how it is compiled."""
-
-    rows: int
-    columns: int
-    groups: int
-    num_warps: int
-    num_stages: int
-
-
-MATVEC = Tile(MATVEC_ROWS, 8, 32, 4, 1)  # 16 columns: twice the loads in flight, but Q6_K spills on sm_120
-TILES: tuple[Tile, ...] = (Tile(16, 32, 4, 4, 3), Tile(32, 64, 4, 4, 3), Tile(64, 64, 2, 4, 3), Tile(128, 128, 2, 8, 3))
-"""By rows of x: the first that holds them all, else the last."""
+from ollamapy.triton_kernels.activation import gate_times_up
 
 
 @triton.jit
@@ -61,6 +35,86 @@ def _group_dots(x0, x1, first, second, scale0, scale1, min0, min1, TWO: tl.const
 
 
 @triton.jit
+def _end(
+    value,
+    token,
+    out,
+    bias,
+    columns,
+    out_stride,
+    M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    USED: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Stores one row (BN,) of a matvec. Parts of gated sums lie as the rows of W do: those of up after all of gate."""
+    n = tl.arange(0, BN)
+    if USED != 0:
+        token = tl.program_id(2)
+    if SPLIT:
+        if GATE != 0:
+            at = tl.program_id(0) * (BN // 2) + n // 2
+            width = 2 * columns
+            place = at + (n % 2) * columns
+        else:
+            at = tl.program_id(0) * BN + n
+            width = columns
+            place = at
+        rows = M if USED == 0 else tl.num_programs(2)
+        tl.store(out + (tl.program_id(1) * rows + token).to(tl.int64) * width + place, value, at < columns)
+    else:
+        if GATE != 0:
+            gate, up = tl.split(tl.reshape(value, (BN // 2, 2)))
+            value = gate_times_up(gate, up, GATE == 2)
+            at = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+        else:
+            at = tl.program_id(0) * BN + n
+        if BIAS:
+            value += tl.load(bias + at, at < columns, other=0.0).to(tl.float32)
+        target = out + tl.cast(token, tl.int64) * out_stride + at
+        if ADD:
+            value += tl.load(target, at < columns, other=0.0).to(tl.float32)
+        tl.store(target, value.to(out.dtype.element_ty), at < columns)
+
+
+@triton.jit
+def end_kernel(
+    parts,
+    out,
+    bias,
+    rows,
+    columns,
+    out_stride,
+    SPLITS: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """out (rows, columns): the sum of parts (SPLITS, rows, columns, or twice as many with GATE) in order, and its end."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    live = at < columns
+    width = 2 * columns if GATE != 0 else columns
+    value = tl.zeros((SIZE,), tl.float32)
+    for split in range(SPLITS):
+        value += tl.load(parts + (split * rows + row) * width + at, live, other=0.0)
+    if GATE != 0:
+        up = tl.zeros((SIZE,), tl.float32)
+        for split in range(SPLITS):
+            up += tl.load(parts + (split * rows + row) * width + columns + at, live, other=0.0)
+        value = gate_times_up(value, up, GATE == 2)
+    if BIAS:
+        value += tl.load(bias + at, live, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(out + row * out_stride + at, live, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + at, value.to(out.dtype.element_ty), live)
+
+
+@triton.jit
 def matvec_kernel(
     x,
     low,
@@ -69,10 +123,19 @@ def matvec_kernel(
     d,
     m,
     out,
+    bias,
+    expert_of,
     columns,
     groups,
     span,
+    out_stride,
+    up_rows,
     M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    USED: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
     EVEN: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -88,14 +151,25 @@ def matvec_kernel(
     BN: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """out (splits, M, columns) float32. A program has BN columns (rows of W) and the groups from program_id(1) * span on.
+    """out (M, columns), or with SPLIT (splits, M, columns) float32 without its end. A program has BN rows of W and the groups
+    from program_id(1) * span on.
 
+    GATE (1: silu, 2: gelu): W has the rows of gate and, `up_rows` later, those of up; every second of the BN is one of up.
+    USED: program_id(2) is a place of `expert_of`, whose expert's rows are taken with row place // USED of x; 0: no experts.
     A thread holds whole halves of groups, so that sums over 16 weights stay in its registers. That rests on the order of
     loads: the compiler lays the products out as it lays out the last of their operands to be loaded, which must be the codes
     (x last: 276 shuffles in the loop for Q4_K on sm_90; now none).
     """
-    column = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    row = tl.minimum(column, columns - 1)[:, None]
+    n = tl.arange(0, BN)
+    if GATE != 0:
+        row = tl.minimum(tl.program_id(0).to(tl.int64) * (BN // 2) + n // 2, columns - 1) + (n % 2) * up_rows
+    else:
+        row = tl.minimum(tl.program_id(0).to(tl.int64) * BN + n, columns - 1)
+    token = 0
+    if USED != 0:
+        row += tl.load(expert_of + tl.program_id(2)).to(tl.int64) * columns
+        token = tl.program_id(2).to(tl.int64) // USED
+    row = row[:, None]
     lane = tl.arange(0, GROUPS)
     acc0 = tl.zeros((BN, GROUPS), tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
@@ -105,7 +179,7 @@ def matvec_kernel(
         group = base + lane
         near = group if EVEN else tl.minimum(group, groups - 1)
         live = group < stop
-        x0, x1 = _x_halves(x, 0, near, live, groups)
+        x0, x1 = _x_halves(x, token, near, live, groups)
         if M > 1:
             y0, y1 = _x_halves(x, 1, near, live, groups)
         if M > 2:
@@ -122,14 +196,13 @@ def matvec_kernel(
             acc2 += _group_dots(z0, z1, first, second, scale0, scale1, min0, min1, TWO, MIN)
         if M > 3:
             acc3 += _group_dots(u0, u1, first, second, scale0, scale1, min0, min1, TWO, MIN)
-    at = out + (tl.program_id(1) * M).to(tl.int64) * columns + column
-    tl.store(at, tl.sum(acc0, 1), column < columns)
+    _end(tl.sum(acc0, 1), 0, out, bias, columns, out_stride, M, SPLIT, USED, GATE, BIAS, ADD, BN)
     if M > 1:
-        tl.store(at + columns, tl.sum(acc1, 1), column < columns)
+        _end(tl.sum(acc1, 1), 1, out, bias, columns, out_stride, M, SPLIT, USED, GATE, BIAS, ADD, BN)
     if M > 2:
-        tl.store(at + 2 * columns, tl.sum(acc2, 1), column < columns)
+        _end(tl.sum(acc2, 1), 2, out, bias, columns, out_stride, M, SPLIT, USED, GATE, BIAS, ADD, BN)
     if M > 3:
-        tl.store(at + 3 * columns, tl.sum(acc3, 1), column < columns)
+        _end(tl.sum(acc3, 1), 3, out, bias, columns, out_stride, M, SPLIT, USED, GATE, BIAS, ADD, BN)
 
 
 @triton.jit
@@ -141,13 +214,18 @@ def matmul_kernel(
     d,
     m,
     out,
+    bias,
     row_of,
     expert_of,
     rows,
     columns,
     groups,
     span,
-    ROUTED: tl.constexpr,
+    out_stride,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    USED: tl.constexpr,
     DOT: tl.constexpr,
     EVEN: tl.constexpr,
     LOW: tl.constexpr,
@@ -166,19 +244,20 @@ def matmul_kernel(
     GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out (splits, rows, columns) in its type. Weights are decoded in registers and rounded to DOT, as x is.
+    """out (rows, columns), or with SPLIT (splits, rows, columns) float32 without its end. Weights are decoded in registers and
+    rounded to DOT, as x is.
 
-    The two halves of the groups are two products: nothing is interleaved. ROUTED: a tile has the rows row_of[tile * BM ...] of
-    x (-1: none) and the weights of expert_of[tile]; out then has one row for each entry of row_of.
+    The two halves of the groups are two products: nothing is interleaved. USED, if not 0: a tile has the pairs
+    row_of[tile * BM ...] (-1: none) and the weights of expert_of[tile]; a pair's row of x is pair // USED, its row of out pair.
     """
     tile = tl.program_id(0)
     place = tile * BM + tl.arange(0, BM)
     column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     weight_row = tl.minimum(column, columns - 1)
-    if ROUTED:
-        source = tl.load(row_of + place)
-        live = source >= 0
-        source = tl.maximum(source, 0).to(tl.int64)
+    if USED != 0:
+        place = tl.load(row_of + place)
+        live = place >= 0
+        source = tl.maximum(place, 0).to(tl.int64) // USED
         weight_row += tl.load(expert_of + tile).to(tl.int64) * columns
     else:
         live = place < rows
@@ -204,110 +283,14 @@ def matmul_kernel(
         w1 = tl.reshape(second.to(DOT), (BN, GROUPS * 16))
         acc = tl.dot(x0, tl.trans(w0), acc, input_precision="ieee")
         acc = tl.dot(x1, tl.trans(w1), acc, input_precision="ieee")
-    target = tl.program_id(2).to(tl.int64) * rows + place
-    inside = (place < rows)[:, None] & (column < columns)[None, :]
-    tl.store(out + target[:, None] * columns + column[None, :], acc.to(out.dtype.element_ty), inside)
-
-
-DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def _splits(programs: int, groups: int, step: int) -> tuple[int, int]:
-    """How often K is split, and groups per split: whole steps, and at least four of them."""
-    wanted = max(min(PROGRAMS // programs, groups // (4 * step)), 1)
-    span = triton.cdiv(triton.cdiv(groups, wanted), step) * step
-    return triton.cdiv(groups, span), span
-
-
-def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    return parts[0].to(dtype) if parts.shape[0] == 1 else parts.sum(0).to(dtype)
-
-
-def tile_for(rows: int) -> Tile:
-    return next((tile for tile in TILES if rows <= tile.rows), TILES[-1])
-
-
-def matvec(x: Tensor, weight: Planes) -> Tensor:
-    """At most MATVEC_ROWS rows, in float32: exact up to the rounding of sums."""
-    assert weight.form is not None and x.shape[0] <= MATVEC_ROWS
-    rows, columns, groups = x.shape[0], weight.shape[-2], weight.shape[-1] // GROUP
-    tile = MATVEC
-    step = min(tile.groups, triton.next_power_of_2(groups))
-    programs = triton.cdiv(columns, tile.columns)
-    splits, span = _splits(programs, groups, step)
-    out = torch.empty(splits, rows, columns, dtype=torch.float32, device=x.device)
-    matvec_kernel[(programs, splits)](
-        x,
-        **decode.pointers(weight),
-        out=out,
-        columns=columns,
-        groups=groups,
-        span=span,
-        M=rows,
-        EVEN=groups % step == 0,
-        **decode.constants(weight.form),
-        BN=tile.columns,
-        GROUPS=step,
-        num_warps=tile.num_warps,
-    )
-    return _sum(out, x.dtype)
-
-
-def matmul(x: Tensor, weight: Planes, dot: torch.dtype = torch.bfloat16) -> Tensor:
-    """Any number of rows, through tensor cores: x and the decoded weights are rounded to `dot`, sums are float32."""
-    assert weight.form is not None
-    rows, columns, groups = x.shape[0], weight.shape[-2], weight.shape[-1] // GROUP
-    tile = tile_for(rows)
-    step = min(tile.groups, triton.next_power_of_2(groups))
-    grid = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
-    splits, span = _splits(grid[0] * grid[1], groups, step)
-    out = torch.empty(splits, rows, columns, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    matmul_kernel[(*grid, splits)](
-        x,
-        **decode.pointers(weight),
-        out=out,
-        row_of=x,
-        expert_of=x,
-        rows=rows,
-        columns=columns,
-        groups=groups,
-        span=span,
-        ROUTED=False,
-        DOT=DOT_TYPES[dot],
-        EVEN=groups % step == 0,
-        **decode.constants(weight.form),
-        BM=tile.rows,
-        BN=tile.columns,
-        GROUPS=step,
-        STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
-    )
-    return _sum(out, x.dtype)
-
-
-def choose_path(rows: int, weight: Planes) -> str:
-    """ "dense" | "matvec" | "tiles" | "layer" for a number of rows of x."""
-    if weight.form is None:
-        return "dense"
-    if rows <= MATVEC_ROWS:
-        return "matvec"
-    return "tiles" if rows < DENSE_ROWS else "layer"
-
-
-def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
-    """Packed on the device, a chunk of rows at a time."""
-    return pack(weight.to(device))
-
-
-def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:
-    """(n, K) x (N, K) + (N) -> (n, N) in x's type."""
-    x = x.contiguous()
-    path = choose_path(x.shape[0], weight) if x.shape[0] else "dense"
-    if path == "matvec":
-        out = matvec(x, weight)
-    elif path == "tiles":
-        out = matmul(x, weight)
+    inside = live[:, None] & (column < columns)[None, :]
+    if SPLIT:
+        target = tl.program_id(2).to(tl.int64) * rows + place
+        tl.store(out + target[:, None] * columns + column[None, :], acc, inside)
     else:
-        dense = dequantize(weight) if path == "layer" else weight.low
-        out = torch.matmul(x.to(dense.dtype), dense.t()).to(x.dtype) if x.shape[0] else x.new_zeros(0, weight.shape[-2])
-    return out if bias is None else out.add_(bias)
+        if BIAS:
+            acc += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)[None, :]
+        target = out + place.to(tl.int64)[:, None] * out_stride + column[None, :]
+        if ADD:
+            acc += tl.load(target, inside, other=0.0).to(tl.float32)
+        tl.store(target, acc.to(out.dtype.element_ty), inside)

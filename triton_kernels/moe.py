@@ -1,7 +1,9 @@
-"""Mixture of experts: one grouped matmul for all experts of a projection, on packed weights. Routing is the reference's.
+"""Mixture of experts on packed weights: routing, the experts' matmuls for few or for many rows, and their weighted sum.
 
-Rows are sorted by expert and each expert's run is padded to whole tiles, so that a tile has one expert. The sizes of the runs
-stay on the device: the number of tiles is the most that any routing can need, and tiles beyond the last run have no rows.
+Few (token, choice) pairs: a matvec per pair with the expert's rows, nothing is sorted. Many: pairs are sorted by expert and
+each expert's run is padded to whole tiles, so that a tile has one expert. The sizes of the runs stay on the device: the number
+of tiles is the most that any routing can need, and tiles beyond the last run have no rows. Answers lie by pair, so the sum of
+a token's experts has one order whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -10,27 +12,119 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from ollamapy.reference import Activation, Routing, route
-from ollamapy.triton_kernels import decode
+from ollamapy.reference import Activation, Routing
+from ollamapy.triton_kernels import decode, tuning
 from ollamapy.triton_kernels.activation import gated_activation
 from ollamapy.triton_kernels.layout import GROUP, Planes
-from ollamapy.triton_kernels.matmul import DOT_TYPES, Tile, matmul_kernel, tile_for
+from ollamapy.triton_kernels.linear import DOT_TYPES, matvec
+from ollamapy.triton_kernels.matmul import matmul_kernel
+from ollamapy.triton_kernels.tuning import Tile
+
+GATINGS = {"softmax": 0, "sigmoid": 1, "softmax_selected": 2}
+SUM_SIZE = 512
+
+
+@triton.jit
+def route_kernel(
+    logits,
+    ids,
+    weights,
+    experts,
+    scale,
+    GATING: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    USED: tl.constexpr,
+    PADDED: tl.constexpr,
+    PADDED_USED: tl.constexpr,
+):
+    """One token: its USED likeliest experts, likeliest first, the lower number first among equals."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, PADDED)
+    place = tl.arange(0, PADDED_USED)
+    logit = tl.load(logits + token * experts + i, i < experts, other=float("-inf")).to(tl.float32)
+    if GATING == 0:
+        score = tl.exp(logit - tl.max(logit, 0))
+        score = score / tl.sum(score, 0)
+    elif GATING == 1:
+        score = tl.sigmoid(logit)
+    else:
+        score = logit
+    left = tl.where(i < experts, score, float("-inf"))
+    chosen = tl.zeros((PADDED_USED,), tl.int32)
+    value = tl.full((PADDED_USED,), float("-inf") if GATING == 2 else 0.0, tl.float32)
+    for step in tl.static_range(USED):
+        best = tl.max(left, 0)
+        index = tl.min(tl.where(left == best, i, PADDED), 0)
+        chosen = tl.where(place == step, index, chosen)
+        value = tl.where(place == step, best, value)
+        left = tl.where(i == index, float("-inf"), left)
+    if GATING == 2:
+        value = tl.exp(value - tl.max(value, 0))
+        value = value / tl.sum(value, 0)
+    elif RENORMALIZE:
+        value = value / tl.maximum(tl.sum(value, 0), 0.00006103515625)
+    if GATING != 2:
+        value *= scale
+    tl.store(ids + token * USED + place, chosen, place < USED)
+    tl.store(weights + token * USED + place, value, place < USED)
+
+
+@triton.jit
+def sum_kernel(answers, weights, out, width, USED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr):
+    """out (n, width): a token's answers (n, USED, width), each times its weight, added in their order."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    live = at < width
+    total = tl.zeros((SIZE,), tl.float32)
+    for place in tl.static_range(USED):
+        pair = token * USED + place
+        total += tl.load(weights + pair) * tl.load(answers + pair * width + at, live, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(out + token * width + at, live, other=0.0).to(tl.float32)
+    tl.store(out + token * width + at, total.to(out.dtype.element_ty), live)
+
+
+class Experts(NamedTuple):
+    """gate and up (X, F, E), down (X, E, F); `joined` has the rows of gate, then those of up, in the same memory."""
+
+    gate: Planes
+    up: Planes
+    down: Planes
+    joined: Planes | None = None
 
 
 class Runs(NamedTuple):
-    """Places of tiles of `tile.rows`: which (token, choice) each holds, as token * used + choice, or -1; and tiles' experts."""
+    """Tiles of pairs (token * used + choice) of one expert each; -1: no pair."""
 
     pair_of: Tensor  # (tiles * rows,) int32
     expert_of: Tensor  # (tiles,) int32
     tile: Tile
 
 
+def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Router logits (n, X) -> experts (n, used) int32 and their weights (n, used) float32: see `ollamapy.reference.route`."""
+    rows, experts = logits.shape
+    ids = torch.empty(rows, routing.used, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(rows, routing.used, dtype=torch.float32, device=logits.device)
+    route_kernel[(rows,)](
+        *(logits.contiguous(), ids, weights, experts, routing.scale or 1.0),
+        GATING=GATINGS[routing.gating],
+        RENORMALIZE=routing.renormalize,
+        USED=routing.used,
+        PADDED=triton.next_power_of_2(experts),
+        PADDED_USED=triton.next_power_of_2(routing.used),
+        num_warps=1,
+    )
+    return ids, weights
+
+
 def sort_by_expert(ids: Tensor, experts: int) -> Runs:
-    """ids (n, used) int64 -> runs, without a synchronization."""
-    pairs = ids.flatten()
-    tile = tile_for(triton.cdiv(pairs.numel(), experts))
+    """ids (n, used) -> runs, without a synchronization."""
+    pairs = ids.flatten().long()
+    tile = tuning.of(ids.device).tile(triton.cdiv(pairs.numel(), experts))
     rows = tile.rows
     tiles = min(triton.cdiv(pairs.numel(), rows) + experts, pairs.numel())  # each expert wastes less than a tile
     counts = torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, pairs, torch.ones_like(pairs))
@@ -45,24 +139,28 @@ def sort_by_expert(ids: Tensor, experts: int) -> Runs:
     return Runs(pair_of, expert_of.int(), tile)
 
 
-def grouped_matmul(x: Tensor, weight: Planes, runs: Runs, row_of: Tensor, dot: torch.dtype) -> Tensor:
-    """x[row_of] W[expert]^T: (places, N) in x's type; rows of places without a pair are zero. `weight` is (X, N, K)."""
+def grouped_matmul(x: Tensor, weight: Planes, runs: Runs, used: int, out: Tensor, dot: torch.dtype) -> Tensor:
+    """out[pair] = x[pair // used] W[its expert]^T; `weight` is (X, N, K)."""
     assert weight.form is not None
     columns, groups = weight.shape[-2], weight.shape[-1] // GROUP
-    tile, places = runs.tile, row_of.shape[0]
+    tile = runs.tile
     step = min(tile.groups, triton.next_power_of_2(groups))
-    out = torch.empty(places, columns, dtype=x.dtype, device=x.device)
-    matmul_kernel[(places // tile.rows, triton.cdiv(columns, tile.columns), 1)](
+    matmul_kernel[(runs.expert_of.shape[0], triton.cdiv(columns, tile.columns), 1)](
         x,
         **decode.pointers(weight),
         out=out,
-        row_of=row_of,
+        bias=out,
+        row_of=runs.pair_of,
         expert_of=runs.expert_of,
-        rows=places,
+        rows=out.shape[0],
         columns=columns,
         groups=groups,
         span=triton.cdiv(groups, step) * step,
-        ROUTED=True,
+        out_stride=out.stride(0),
+        SPLIT=False,
+        BIAS=False,
+        ADD=False,
+        USED=used,
         DOT=DOT_TYPES[dot],
         EVEN=groups % step == 0,
         **decode.constants(weight.form),
@@ -75,29 +173,48 @@ def grouped_matmul(x: Tensor, weight: Planes, runs: Runs, row_of: Tensor, dot: t
     return out
 
 
+def _dense_experts(x: Tensor, ids: Tensor, experts: Experts, kind: Activation) -> Tensor:
+    """Experts of a float type: gathered per pair. Files keep experts quantized, so this is for tests and rare types."""
+    gate, up, down = (part.low.view(part.shape) for part in experts[:3])
+    pairs, rows = ids.flatten().long(), x.repeat_interleave(ids.shape[1], 0).to(gate.dtype).unsqueeze(2)
+    inner = gated_activation((gate[pairs] @ rows).squeeze(2), (up[pairs] @ rows).squeeze(2), kind)
+    return (down[pairs] @ inner.unsqueeze(2)).squeeze(2).to(x.dtype)
+
+
+def answers(x: Tensor, ids: Tensor, experts: Experts, kind: Activation, dot: torch.dtype) -> Tensor:
+    """(n * used, E): each chosen expert's answer to its token."""
+    gate, up, down = experts[:3]
+    used, pairs = ids.shape[1], ids.numel()
+    if gate.form is None or up.form is None or down.form is None:
+        return _dense_experts(x, ids, experts, kind)
+    inner = x.new_empty(pairs, gate.shape[1])
+    out = x.new_empty(pairs, down.shape[1])
+    if pairs <= tuning.of(x.device).matvec_pairs:
+        flat = ids.flatten()
+        if experts.joined is not None:
+            matvec(x, experts.joined, inner, gate=kind, experts=(flat, used))
+        else:
+            right = matvec(x, up, torch.empty_like(inner), experts=(flat, used))
+            inner = gated_activation(matvec(x, gate, inner, experts=(flat, used)), right, kind)
+        return matvec(inner, down, out, experts=(flat, 1))
+    runs = sort_by_expert(ids, gate.shape[0])
+    right = grouped_matmul(x, up, runs, used, torch.empty_like(inner), dot)
+    inner = gated_activation(grouped_matmul(x, gate, runs, used, inner, dot), right, kind)
+    return grouped_matmul(inner, down, runs, 1, out, dot)
+
+
+def mix(x: Tensor, logits: Tensor, experts: Experts, routing: Routing, kind: Activation, out: Tensor, add: bool) -> Tensor:
+    """Routed experts of x (n, E) into `out` (n, E), or onto it with `add`."""
+    ids, weights = route(logits, routing)
+    found = answers(x, ids, experts, kind, tuning.activations(x.device))
+    size = min(SUM_SIZE, triton.next_power_of_2(out.shape[1]))
+    sum_kernel[(out.shape[0], triton.cdiv(out.shape[1], size))](
+        *(found, weights, out, out.shape[1]), USED=routing.used, ADD=add, SIZE=size
+    )
+    return out
+
+
 def moe(x: Tensor, logits: Tensor, experts: tuple[Planes, Planes, Planes], routing: Routing, kind: Activation) -> Tensor:
     """Routed gated experts, (n, E) -> (n, E): see `ollamapy.reference.moe`."""
-    return routed_experts(x, logits, experts, routing, kind, torch.bfloat16)
-
-
-def routed_experts(
-    x: Tensor, logits: Tensor, experts: tuple[Planes, Planes, Planes], routing: Routing, kind: Activation, dot: torch.dtype
-) -> Tensor:
-    """`moe` in another type of products."""
-    if not x.shape[0]:
-        return x
-    gate, up, down = experts
-    ids, weights = route(logits, routing)
     x = x.contiguous()
-    runs = sort_by_expert(ids, gate.shape[0])
-    token_of = torch.where(runs.pair_of < 0, -1, runs.pair_of // routing.used)
-    inner = gated_activation(grouped_matmul(x, gate, runs, token_of, dot), grouped_matmul(x, up, runs, token_of, dot), kind)
-    held = torch.where(runs.pair_of < 0, -1, torch.arange(runs.pair_of.shape[0], device=x.device, dtype=torch.int32))
-    answers = grouped_matmul(inner, down, runs, held, dot)
-    parts = x.new_empty(ids.numel() + 1, x.shape[-1])  # each expert's answer in its own place: the sum has one order
-    parts[torch.where(runs.pair_of < 0, ids.numel(), runs.pair_of).long()] = answers  # the last place takes what is nobody's
-    parts = parts[:-1].view(*ids.shape, -1) * weights.unsqueeze(-1).to(x.dtype)
-    total = parts[:, 0].clone()
-    for place in range(1, routing.used):
-        total += parts[:, place]
-    return total
+    return mix(x, logits, Experts(*experts), routing, kind, torch.empty_like(x), False) if x.shape[0] else x

@@ -9,7 +9,7 @@ import torch
 
 from ollamapy.engine.batch import Batch
 from ollamapy.engine.blocks import GONE
-from ollamapy.engine.scheduler import Schedule
+from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Sequence
 
 

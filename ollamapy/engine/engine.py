@@ -8,14 +8,12 @@ lost ends the engine, by an EngineError from `step`.
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -23,20 +21,32 @@ from ollamapy.engine import prompt_logprobs
 from ollamapy.engine.build import build_batch, num_wanted
 from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
 from ollamapy.engine.pooling import pool, pooled_bytes, pooling_of
-from ollamapy.engine.protocol import Embedding, EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
+from ollamapy.engine.protocol import (
+    NOBODY,
+    Caller,
+    Embedding,
+    EngineInfo,
+    Event,
+    Finish,
+    Output,
+    Plan,
+    SamplingParams,
+    Stats,
+    Step,
+)
 from ollamapy.engine.runner import Model, ModelRunner
 from ollamapy.engine.sampler import Sampler
-from ollamapy.engine.scheduler import Schedule, Scheduler, finish
-from ollamapy.engine.sequence import Pooling, Result, Sequence
+from ollamapy.engine.schedule import Schedule, finish
+from ollamapy.engine.scheduler import Scheduler
+from ollamapy.engine.sequence import Pooling, Result, Sequence, refusal
 from ollamapy.engine.speculation import Speculation, agreed
 from ollamapy.engine.speculation_draft import DraftModel
-from ollamapy.errors import ContextOverflow, EngineError
+from ollamapy.errors import EngineError
 
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL = 1.0  # seconds between two integrity checks that run by themselves
 COMPILE_WAIT = 0.02  # seconds after which an engine that waits for a grammar looks for commands
-FINITE = tuple(field.name for field in msgspec.structs.fields(SamplingParams) if isinstance(field.default, float))
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
 
 
@@ -71,16 +81,16 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.scheduler.sequences or self._pending or self._compiling)
 
-    def add(self, request_id: int, token_ids: list[int], params: SamplingParams) -> None:
+    def add(self, request_id: int, token_ids: list[int], params: SamplingParams, caller: Caller = NOBODY) -> None:
         """Starts generating after `token_ids`. A request that cannot be run is answered by the next step. Raises EngineError
         when the id is in use."""
         seed = params.seed if params.seed >= 0 else secrets.randbits(63)
-        self._begin(request_id, token_ids, params, seed, None)
+        self._begin(request_id, token_ids, params, seed, None, caller)
 
-    def embed(self, request_id: int, token_ids: list[int]) -> None:
+    def embed(self, request_id: int, token_ids: list[int], caller: Caller = NOBODY) -> None:
         """Starts computing the embedding of `token_ids`, pooled as the model's metadata says. Answers and raises as `add`."""
         config = self.model.config
-        self._begin(request_id, token_ids, EMBEDDING_PARAMS, 0, pooling_of(config.pooling_type, config.causal))
+        self._begin(request_id, token_ids, EMBEDDING_PARAMS, 0, pooling_of(config.pooling_type, config.causal), caller)
 
     def abort(self, request_id: int) -> None:
         """Ends a request now and frees its blocks; the next step says so. Unknown ids are those that have ended already."""
@@ -104,7 +114,9 @@ class Engine:
         if len(schedule):
             start = time.perf_counter()
             results = self._execute(schedule)
-            self.speculation.observe(schedule, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.speculation.observe(schedule, seconds)
+            self.scheduler.pace.record(schedule.num_decode_rows, schedule.num_prompt_tokens, seconds)
             told += self.scheduler.commit(schedule, results)
             self._num_steps += 1
             self._check_when_idle()
@@ -169,18 +181,26 @@ class Engine:
 
     # --- arrival ----------------------------------------------------------------------------------------------
 
-    def _begin(self, request_id: int, token_ids: list[int], params: SamplingParams, seed: int, pooling: Pooling | None) -> None:
+    def _begin(
+        self,
+        request_id: int,
+        token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        pooling: Pooling | None,
+        caller: Caller,
+    ) -> None:
         if request_id in self.scheduler.sequences or request_id in self._compiling:
             raise EngineError(f"request {request_id} is in use")
         limit = min(params.context_length or self.plan.context_length, self.plan.context_length, self._pool_tokens)
-        refusal = _refusal(token_ids, params, limit, self.model.config.vocab_size)
-        if refusal and pooling is not None:
-            self._pending.append(Embedding(request_id, b"", len(token_ids), refusal))
-        elif refusal:
-            self._pending.append(Output(request_id, [], finish=Finish("error", len(token_ids), error=refusal)))
+        refused = refusal(token_ids, params, limit, self.model.config.vocab_size)
+        if refused and pooling is not None:
+            self._pending.append(Embedding(request_id, b"", len(token_ids), refused))
+        elif refused:
+            self._pending.append(Output(request_id, [], finish=Finish("error", len(token_ids), error=refused)))
         else:
             now = time.monotonic_ns()
-            seq = Sequence(request_id, array("q", token_ids), params, limit, seed, pooling, now)
+            seq = Sequence(request_id, array("q", token_ids), params, limit, seed, pooling, now, caller)
             if params.grammar:
                 self._compiling[request_id] = seq, self.grammars.start(params.grammar)
             else:
@@ -274,24 +294,6 @@ def _pool(seq: Sequence, length: int, rows: Tensor) -> Result | None:
         return Result(vector=pooled_bytes(seq)) if complete else None
     except ValueError as error:
         return Result(error=str(error))
-
-
-def _refusal(token_ids: list[int], params: SamplingParams, context_length: int, vocab_size: int) -> str:
-    """Why a request cannot be run; "" when it can."""
-    if not token_ids:
-        return "the prompt has no tokens"
-    if len(token_ids) > context_length:
-        return str(ContextOverflow(len(token_ids), context_length))
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        return f"a token id of the prompt is not in 0..{vocab_size - 1}"
-    for name in FINITE:
-        if not math.isfinite(getattr(params, name)):
-            return f"{name} is not a finite number"
-    if any(not (0 <= token_id < vocab_size and math.isfinite(bias)) for token_id, bias in params.logit_bias):
-        return f"logit_bias: a token id is not in 0..{vocab_size - 1}, or a bias is not a finite number"
-    if params.repeat_penalty <= 0.0:
-        return f"repeat_penalty must be greater than 0, not {params.repeat_penalty}"
-    return ""
 
 
 def _text(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import msgspec
 
 KVType = Literal["f16", "bf16", "f32", "q8_0"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+ServiceTier = Literal["priority", "default", "flex"]
 SpeculationMode = Literal["off", "ngram", "draft", "auto"]
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 
@@ -85,6 +86,17 @@ class Plan(msgspec.Struct, frozen=True):
     precise: bool = False  # activations keep the precision of float32
     prefix_cache: bool = True
     groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
+    slowdown: float = 2.5  # how much longer than decoding alone a step with prompt tokens may take; <= 1: no limit
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Whose request it is, for the fair share between clients, and how urgent. `client` is any text, "" also."""
+
+    client: str = ""
+    tier: ServiceTier = "default"
+
+
+NOBODY = Caller()
 
 
 # --- daemon -> engine ---------------------------------------------------------------------------------------
@@ -94,11 +106,13 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     request_id: int
     token_ids: list[int]
     params: SamplingParams
+    caller: Caller = NOBODY
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
     request_id: int
     token_ids: list[int]
+    caller: Caller = NOBODY
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

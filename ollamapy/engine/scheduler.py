@@ -1,38 +1,29 @@
 """Scheduler: which tokens the next step computes, and what becomes of sequences after it. Knows no tensors and no model.
 
-Continuous batching under a token budget. Decoding sequences come first, then the prompts of running sequences in chunks, then
-waiting ones. `running` and `waiting` are both in order of arrival and every running sequence is older than every waiting one.
-When blocks run out the youngest running sequence gives its own back and waits; what it has computed is computed again, unless
-the prefix cache still has it. One sequence alone always fits (Engine sees to that), so the oldest always moves on.
+Continuous batching under a token budget. Waiting sequences are let in by fair share (`fairness`), while their context has room;
+those that decode come first in a step, then prompts in chunks, of which `pace` says how much is bearable beside them.
+`running` is in order of arrival. When blocks run out a sequence of the client that runs the most gives its own back and waits;
+what it has computed is computed again, unless the prefix cache still has it. The oldest is never chosen for that, and one
+sequence alone always fits (Engine sees to that), so the oldest always moves on.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 
 from ollamapy.engine.blocks import BlockManager, Hit
-from ollamapy.engine.protocol import Embedding, Finish, FinishReason, Output, Plan
+from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, lane
+from ollamapy.engine.pace import Pace
+from ollamapy.engine.protocol import Embedding, Output, Plan
+from ollamapy.engine.schedule import Schedule, finish
 from ollamapy.engine.sequence import Result, Sequence
 
-
-@dataclass(slots=True)
-class Schedule:
-    """One step: `num_tokens[i]` tokens of `sequences[i]` after those it has computed, the tokens of its draft at the end."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def parts(self) -> Iterator[Schedule]:
-        """The same work, one sequence at a time."""
-        return (Schedule([seq], [count]) for seq, count in zip(self.sequences, self.num_tokens, strict=True))
+OLDEST_SHARE = 4  # of the prompt tokens of a step, one part in so many is kept for the oldest prompt
 
 
 class Scheduler:
@@ -41,11 +32,12 @@ class Scheduler:
     def __init__(self, plan: Plan, whole_prompts: bool = False) -> None:
         self.whole_prompts = whole_prompts
         self.max_num_seqs = plan.max_num_seqs
-        self.max_batch_tokens = max(plan.max_batch_tokens, plan.max_num_seqs)  # all that decode fit into one step
+        most = max(plan.max_batch_tokens, plan.max_num_seqs)  # all that decode fit into one step
         windows = [group.window for group in plan.groups] or [0]
-        reuse = plan.prefix_cache and not whole_prompts
-        self.blocks = BlockManager(plan.num_blocks, plan.block_size, reuse, windows, self.max_batch_tokens)
-        self.waiting: deque[Sequence] = deque()
+        self.blocks = BlockManager(plan.num_blocks, plan.block_size, plan.prefix_cache and not whole_prompts, windows, most)
+        self.pace = Pace(most, plan.slowdown)
+        self.shares = Shares()
+        self.waiting = Queue(self.shares)
         self.running: list[Sequence] = []
         self.sequences: dict[int, Sequence] = {}  # by request id
         self.num_preemptions = 0
@@ -55,7 +47,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         self.sequences[seq.request_id] = seq
-        self.waiting.append(seq)
+        self.shares.arrive(seq.caller.client)
+        self.waiting.add(seq)
 
     def abort(self, request_id: int) -> Sequence | None:
         """Ends a request at once, its blocks with it. None when there is no such request (any more)."""
@@ -68,109 +61,138 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Chooses the next step's tokens and gives their sequences the blocks for them."""
+        now = time.monotonic_ns()
+        if self.waiting:
+            self._admit(now)
         step = Schedule()
-        preemptions = self.num_preemptions
-        self._schedule_decodes(step)
-        budget = self.max_batch_tokens - sum(step.num_tokens)
+        self._schedule_decodes(step, now)
         if len(step) < len(self.running):
-            budget = self._schedule_prefills(step, budget)
-        if self.waiting and preemptions == self.num_preemptions:
-            self._admit(step, budget)
+            self._schedule_prefills(step, self.pace.budget(sum(step.num_tokens)), now)
         return step
 
-    def _schedule_decodes(self, step: Schedule) -> None:
-        index = 0
-        while index < len(self.running):  # grows shorter from its end while sequences are preempted
-            seq = self.running[index]
-            index += 1
-            if len(seq.token_ids) - seq.num_computed != 1 or not seq.block_tables:
-                continue
-            drafted = len(seq.draft)
-            if not drafted or not self.blocks.grow(seq, len(seq.token_ids) + drafted):
-                drafted = 0  # nobody is put back for a guess
-            while not self.blocks.grow(seq, len(seq.token_ids)):
-                if self._preempt_youngest() is seq:
+    def _admit(self, now: int) -> None:
+        """Lets waiting sequences in, each as soon as there is room for its whole context."""
+        while self.waiting:
+            seq = self.waiting.next(now)
+            found = self._lookup(seq)
+            while not self._has_room(seq, found):
+                victim = self._overserved(seq, now)
+                if victim is None:
                     return
-            step.sequences.append(seq)
-            step.num_tokens.append(1 + drafted)
+                self._preempt(victim)
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=age)
+            self._reuse(seq, found)
 
-    def _schedule_prefills(self, step: Schedule, budget: int) -> int:
-        """Next chunks of running sequences. None that decode in this step lose their blocks to it. Returns the budget left."""
-        scheduled = set(step.sequences)
-        index = 0
-        while index < len(self.running) and budget > 0:
-            seq = self.running[index]
-            index += 1
-            if seq in scheduled:
+    def _has_room(self, seq: Sequence, found: Hit) -> bool:
+        """A seat, and blocks beside what running prompts still need and one for each running sequence, so that none is let in
+        only to be preempted at the next block boundary. `found`: blocks that it reuses."""
+        if len(self.running) == self.max_num_seqs:
+            return False
+        blocks = self.blocks
+        promised = sum(blocks.needed(each) + len(blocks.windows) for each in self.running)
+        return blocks.needed(seq, found) + promised <= blocks.num_available - blocks.num_unreferenced(found)
+
+    def _overserved(self, seq: Sequence, now: int) -> Sequence | None:
+        """A running sequence that has to make room for `seq`: one that goes behind it, or, when its client has none running,
+        the youngest of the client that runs the most. Never a client's last for that, so there is an end to it."""
+        others = [each for each in self.running if lane(each, now) >= lane(seq, now)]
+        if not others:
+            return None
+        victim = self._victim(others, now)
+        if lane(victim, now) > lane(seq, now):
+            return victim
+        running = Counter(each.caller.client for each in self.running)
+        return victim if not running[seq.caller.client] and running[victim.caller.client] > 1 else None
+
+    def _victim(self, among: Iterable[Sequence], now: int) -> Sequence:
+        """Whose blocks are taken: of those behind others, and of the client that runs the most, the youngest."""
+        running = Counter(each.caller.client for each in self.running)
+        return max(among, key=lambda seq: (lane(seq, now), running[seq.caller.client], age(seq)))
+
+    def _schedule_decodes(self, step: Schedule, now: int) -> None:
+        decoding = [seq for seq in self.running if _left(seq) == 1 and seq.block_tables and seq.first_scheduled_ns]
+        preempted: set[Sequence] = set()
+        counts: dict[Sequence, int] = {}
+        for seq in decoding:
+            drafted = len(seq.draft)
+            if seq in preempted or not drafted or not self.blocks.grow(seq, len(seq.token_ids) + drafted):
+                drafted = 0  # nobody is put back for a guess
+            while seq not in preempted and not self.blocks.grow(seq, len(seq.token_ids)):
+                victim = self._victim(self.running, now)
+                preempted.add(victim)
+                self._preempt(victim)
+            counts[seq] = 1 + drafted
+        step.sequences = [seq for seq in decoding if seq not in preempted]
+        step.num_tokens = [counts[seq] for seq in step.sequences]
+        step.num_decodes = len(step)
+
+    def _schedule_prefills(self, step: Schedule, budget: int, now: int) -> None:
+        """Next chunks of prompts: by fair share between clients, the shortest rest first within one, and a part of the budget
+        for the oldest whatever its length. None that decode in this step lose their blocks to it."""
+        scheduled, preempted = set(step.sequences), set[Sequence]()
+        prompts = [seq for seq in self.running if seq not in scheduled]
+        oldest = prompts[0]
+        kept = min(len(oldest.token_ids) - oldest.num_computed, max(budget // OLDEST_SHARE, 1))
+        for seq in sorted(prompts, key=lambda seq: (lane(seq, now), self.shares.served(seq), _left(seq), age(seq))):
+            if seq is oldest:
+                kept = 0
+            if budget - kept <= 0 or seq in preempted:
                 continue
-            if not seq.block_tables:
-                self.blocks.share(seq, self._lookup(seq))
-            count = self._chunk(seq, budget, step)
+            if not seq.block_tables or not seq.first_scheduled_ns:
+                self._reuse(seq, self._lookup(seq))
+            count = self._chunk(seq, budget - kept, step)
             while count and not self.blocks.grow(seq, seq.num_computed + count):
-                if self.running[-1] in scheduled or self.running[-1] is seq:
-                    count = 0 if self.whole_prompts else self.blocks.room(seq)
+                younger = self._yielding(seq, scheduled, now)
+                if younger:
+                    victim = self._victim(younger, now)
+                    preempted.add(victim)
+                    self._preempt(victim)
                 else:
-                    self._preempt_youngest()
+                    count = 0 if self.whole_prompts else self.blocks.room(seq)
             if count:
+                seq.draft = []  # one that is all but computed already was guessed for
+                self._first_time(seq, now)
                 scheduled.add(seq)
                 step.sequences.append(seq)
                 step.num_tokens.append(count)
                 budget -= count
-        return budget
 
-    def _admit(self, step: Schedule, budget: int) -> None:
-        """Waiting sequences whose whole context fits beside what running prompts still need and a block for each running one,
-        so that a sequence is not let in only to be preempted at the next block boundary."""
-        blocks = self.blocks
-        promised = sum(blocks.needed(seq) for seq in self.running)
-        now = 0
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            found = self._lookup(seq)
-            needed = blocks.needed(seq, found)
-            reserved = promised + len(self.running) * len(blocks.windows) if self.running else 0
-            if needed + reserved > blocks.num_available - blocks.num_unreferenced(found):
-                return
-            count = self._chunk(seq, budget, step, found.num_blocks * blocks.block_size)
-            if not count:
-                return
-            self.waiting.popleft()
-            self.running.append(seq)
-            blocks.share(seq, found)
-            if not seq.first_scheduled_ns:
-                now = now or time.monotonic_ns()
-                self._first_time(seq, now)
-            fits = blocks.grow(seq, seq.num_computed + count)
-            assert fits
-            promised += blocks.needed(seq)
-            step.sequences.append(seq)
-            step.num_tokens.append(count)
-            budget -= count
+    def _yielding(self, seq: Sequence, scheduled: set[Sequence], now: int) -> list[Sequence]:
+        """Whose blocks a prompt may take: younger ones that are not in this step, and not in a better lane."""
+        rest = (each for each in self.running if each not in scheduled)
+        return [each for each in rest if age(each) > age(seq) and lane(each, now) >= lane(seq, now)]
 
     def _lookup(self, seq: Sequence) -> Hit:
         """Reusable blocks. A mean or first-token embedding and logprobs of a prompt need its hidden states: they reuse none."""
         return self.blocks.lookup(seq, reuse=seq.pooling in (None, "last") and not seq.tells_prompt)
 
+    def _reuse(self, seq: Sequence, found: Hit) -> None:
+        """Again when its first chunk comes: others may have computed more of its prompt since it was let in."""
+        self.blocks.release(seq)
+        self.blocks.share(seq, found)
+
     def _first_time(self, seq: Sequence, now: int) -> None:
+        if seq.first_scheduled_ns:
+            return
         seq.first_scheduled_ns = now
         seq.num_cached = seq.num_computed
         self.prefix_query_tokens += seq.num_prompt_tokens
         self.prefix_hit_tokens += seq.num_cached
 
-    def _chunk(self, seq: Sequence, budget: int, step: Schedule, computed: int | None = None) -> int:
+    def _chunk(self, seq: Sequence, budget: int, step: Schedule) -> int:
         """Tokens of a prompt to compute now; a whole prompt may pass the budget when it has the step to itself."""
-        left = len(seq.token_ids) - (seq.num_computed if computed is None else computed)
+        left = _left(seq)
         if self.whole_prompts:
             return left if left <= budget or not len(step) else 0
         return min(left, budget)
 
-    def _preempt_youngest(self) -> Sequence:
-        seq = self.running.pop()
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
         self.blocks.release(seq)
-        seq.pooled = None
-        self.waiting.appendleft(seq)
+        seq.pooled, seq.draft = None, []
+        self.waiting.add(seq)
         self.num_preemptions += 1
-        return seq
 
     # --- commit -----------------------------------------------------------------------------------------------
 
@@ -179,7 +201,8 @@ class Scheduler:
         came true."""
         now = time.monotonic_ns()
         told: list[Output | Embedding] = []
-        for seq, count, found in zip(step.sequences, step.num_tokens, results, strict=True):
+        for index, (seq, count, found) in enumerate(zip(step.sequences, step.num_tokens, results, strict=True)):
+            self.shares.charge(seq, TOKEN_COST * max(1, len(found)) if index < step.num_decodes else PROMPT_COST * count)
             if found and found[0].error:
                 told.append(self._fail(seq, found[0].error, now))
                 continue
@@ -256,6 +279,7 @@ class Scheduler:
     def _remove(self, seq: Sequence, forget: bool = False) -> None:
         del self.sequences[seq.request_id]
         (self.running if seq in self.running else self.waiting).remove(seq)
+        self.shares.leave(seq.caller.client)
         self.blocks.release(seq, forget)
 
     def check(self) -> list[str]:
@@ -269,18 +293,6 @@ class Scheduler:
         return problems
 
 
-def finish(seq: Sequence, reason: FinishReason, now: int, error: str = "") -> Finish:
-    scheduled, first = seq.first_scheduled_ns or now, seq.first_token_ns or now
-    return Finish(
-        reason=reason,
-        prompt_tokens=seq.num_prompt_tokens,
-        cached_tokens=seq.num_cached,
-        completion_tokens=seq.num_generated,
-        prompt_ns=first - scheduled,
-        decode_ns=max(seq.last_token_ns - first, 0),
-        queue_ns=scheduled - seq.arrival_ns,
-        num_shifts=seq.num_shifts,
-        drafted_tokens=seq.num_drafted,
-        accepted_tokens=seq.num_accepted,
-        error=error,
-    )
+def _left(seq: Sequence) -> int:
+    """Tokens of a prompt still to be computed."""
+    return len(seq.token_ids) - seq.num_computed

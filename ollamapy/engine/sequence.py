@@ -6,19 +6,23 @@ Token ids are kept in typed arrays, so that a slice of them is copied into a bat
 from __future__ import annotations
 
 import copy
+import math
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import msgspec
 from torch import Tensor
 
 from ollamapy.engine.grammar import Grammar
-from ollamapy.engine.protocol import FinishReason, SamplingParams, TokenLogprob
+from ollamapy.engine.protocol import NOBODY, Caller, FinishReason, SamplingParams, TokenLogprob
 from ollamapy.engine.speculation_cost import Track
+from ollamapy.errors import ContextOverflow
 
 Pooling = Literal["mean", "cls", "last"]
 MAX_CONTEXTS = 10  # generated tokens, in context lengths, of a request that sets no limit
+FINITE = tuple(field.name for field in msgspec.structs.fields(SamplingParams) if isinstance(field.default, float))
 
 
 class Result(NamedTuple):
@@ -78,6 +82,7 @@ class Sequence:
     seed: int = 0
     pooling: Pooling | None = None  # an embedding request: how its hidden states become one vector
     arrival_ns: int = 0
+    caller: Caller = NOBODY
     grammar: Grammar | None = None  # moves on with every token generated
     salt: bytes = field(init=False)  # what keys and values depend on beside tokens, and who may share them
     num_prompt_tokens: int = field(init=False)
@@ -195,3 +200,21 @@ class Sequence:
         del self.token_ids[keep : keep + dropped]
         self.block_hashes.clear()
         self.num_shifts += 1
+
+
+def refusal(token_ids: list[int], params: SamplingParams, context_length: int, vocab_size: int) -> str:
+    """Why a request cannot be run; "" when it can."""
+    if not token_ids:
+        return "the prompt has no tokens"
+    if len(token_ids) > context_length:
+        return str(ContextOverflow(len(token_ids), context_length))
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        return f"a token id of the prompt is not in 0..{vocab_size - 1}"
+    for name in FINITE:
+        if not math.isfinite(getattr(params, name)):
+            return f"{name} is not a finite number"
+    if any(not (0 <= token_id < vocab_size and math.isfinite(bias)) for token_id, bias in params.logit_bias):
+        return f"logit_bias: a token id is not in 0..{vocab_size - 1}, or a bias is not a finite number"
+    if params.repeat_penalty <= 0.0:
+        return f"repeat_penalty must be greater than 0, not {params.repeat_penalty}"
+    return ""

@@ -14,7 +14,7 @@ from collections.abc import Sequence as ListLike
 import torch
 
 from ollamapy.engine.protocol import Plan
-from ollamapy.engine.scheduler import Schedule
+from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.speculation_cost import DRAFT_MODEL, StepCost, allot, rounds
 from ollamapy.engine.speculation_draft import DraftModel

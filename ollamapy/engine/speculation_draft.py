@@ -17,7 +17,7 @@ from ollamapy.engine.build import build_batch
 from ollamapy.engine.protocol import Plan
 from ollamapy.engine.runner import Model, ModelRunner
 from ollamapy.engine.sampler import Sampler
-from ollamapy.engine.scheduler import Schedule
+from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Sequence
 
 LEARNING = 0.1

@@ -8,6 +8,7 @@ from ollamapy import ops
 from ollamapy.engine.batch import KVCache, LayerState
 from ollamapy.layers.attention import Attention, Step
 from ollamapy.layers.layer import Module
+from ollamapy.layers.linear import Linear
 from ollamapy.layers.mlp import FusedGatedMLP, GatedMLP
 from ollamapy.layers.moe import MixtureOfExperts
 from ollamapy.layers.norm import RMSNorm, identity
@@ -43,6 +44,7 @@ class DecoderBlock(Module):
         """The layer as `ops.stack` takes it, with the index of its rotary table."""
         spec = self.spec.attention
         matrices = {**self.attention.matrices(), **self.feed_forward.matrices()}
+        biases = {name: matrix.bias for name, matrix in matrices.items() if isinstance(matrix, Linear)}
         norms = {
             "attn_norm": self.attn_norm,
             "post_attn_norm": self.post_attention_norm,
@@ -56,7 +58,7 @@ class DecoderBlock(Module):
             vectors["sinks"] = self.attention.attn_sinks.weight
         return ops.DecoderLayer(
             weights={name: matrix.weight.data for name, matrix in matrices.items()},
-            biases={name: matrix.bias for name, matrix in matrices.items() if matrix.bias is not None},
+            biases={name: bias for name, bias in biases.items() if bias is not None},
             vectors=vectors,
             num_heads=spec.num_heads,
             state=self.state,

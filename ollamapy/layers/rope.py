@@ -84,7 +84,7 @@ class RotaryTable:
         if length > self._turns.shape[0]:
             rows = max(FIRST_POSITIONS, 1 << (length - 1).bit_length())
             angles = torch.arange(rows, dtype=torch.float32).unsqueeze(1) * self._inverse
-            self._turns = torch.cat((angles.cos(), angles.sin()), -1).mul_(self._magnitude)
+            self._turns = torch.cat((angles.cos(), angles.sin()), -1).mul_(self._magnitude).to(self._device)
         return self._turns
 
     def rows(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:

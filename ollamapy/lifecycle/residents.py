@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from ollamapy.lifecycle import placement
 from ollamapy.lifecycle.breaker import Breaker
 from ollamapy.lifecycle.devices import Devices, wait_for_gpu_memory
 from ollamapy.lifecycle.files import ModelFile, ModelFiles
+from ollamapy.lifecycle.limits import Limits
 from ollamapy.lifecycle.placement import DoesNotFit, Placement, RunnerOptions
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.resident import Key, Load, LoadedModel, M, ModelLike, Resident, Running
@@ -31,7 +31,6 @@ from ollamapy.lifecycle.spawner import Spawner
 log = logging.getLogger(__name__)
 
 DRAIN = 10.0  # seconds that requests get to end when their model is stopped
-QUEUE_FULL = "server busy, please try again.  maximum pending requests exceeded"
 MODELS_PER_DEVICE = 3
 
 
@@ -47,7 +46,7 @@ class Residents:
         self._files = ModelFiles()
         self._residents: dict[Key, Resident] = {}
         self._loads: dict[Key, Load] = {}
-        self._waiting: Counter[Key] = Counter()
+        self._limits = Limits(settings.max_queue, settings.max_queue_per_client, time.monotonic)
         self._one_load = asyncio.Lock()  # fair: first come, first served
         self._breaker = Breaker(time.monotonic)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -60,22 +59,29 @@ class Residents:
 
     @asynccontextmanager
     async def use(
-        self, model: M, options: Options | Mapping[str, object], keep_alive: float | None = None
+        self, model: M, options: Options | Mapping[str, object], keep_alive: float | None = None, client: str = ""
     ) -> AsyncIterator[LoadedModel[M]]:
         """Loads the model if need be and holds it loaded. `keep_alive`: seconds it stays afterwards; None keeps what
         holds for it, 0 unloads it when its last request ends, negative is forever.
 
-        Raises ServerBusy when too many wait, NotFound when the weights are gone, and what a load raises.
+        Raises ServerBusy when too many wait, of `client` or of all, NotFound when the weights are gone, and what a load raises.
         """
         start = time.monotonic_ns()
         if model.adapter_paths:
             raise NotSupported("adapters (LoRA) are not supported yet")
-        resident = await self._get(model, RunnerOptions.of(options))
+        key = _key(model)
+        self._check_open(key)
+        here = self._residents.get(key)
+        self._limits.enter(key, client, here.placement.plan.max_num_seqs if here else 1)  # one loads, the others wait
         try:
-            resident.set_keep_alive(keep_alive)
-            yield resident.loaded(model, time.monotonic_ns() - start)
+            resident = await self._get(key, model, RunnerOptions.of(options))
+            try:
+                resident.set_keep_alive(keep_alive)
+                yield resident.loaded(model, time.monotonic_ns() - start)
+            finally:
+                self._release(resident)
         finally:
-            self._release(resident)
+            self._limits.leave(key, client)
 
     def running(self) -> list[Running]:
         """The loaded models, the one that stays longest first."""
@@ -106,30 +112,18 @@ class Residents:
 
     # --- one request ---
 
-    async def _get(self, model: ModelLike, wanted: RunnerOptions) -> Resident:
+    async def _get(self, key: Key, model: ModelLike, wanted: RunnerOptions) -> Resident:
         """A resident of which the caller has become a user."""
-        key = _key(model)
-        self._check_open(key)
         resident = self._residents.get(key)
         if resident is not None and self._usable(resident, wanted):
-            if resident.users >= resident.placement.plan.max_num_seqs + self._settings.max_queue:
-                raise ServerBusy(QUEUE_FULL)
             resident.add_users(1)
             return resident
-        if self._waiting[key] > self._settings.max_queue:  # one loads, max_queue wait
-            raise ServerBusy(QUEUE_FULL)
-        self._waiting[key] += 1
-        try:
-            while True:
-                resident = await self._join_load(key, model, wanted)
-                if resident.serves(wanted):
-                    return resident
-                self._release(resident)  # others wanted less; load again
-                self._check_open(key)
-        finally:
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                del self._waiting[key]
+        while True:
+            resident = await self._join_load(key, model, wanted)
+            if resident.serves(wanted):
+                return resident
+            self._release(resident)  # others wanted less; load again
+            self._check_open(key)
 
     def _check_open(self, key: Key) -> None:
         if self._closed:

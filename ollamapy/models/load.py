@@ -124,10 +124,13 @@ def measure(model: Decoder) -> int:
     def add(value: object) -> None:
         if isinstance(value, ops.Weight):
             value = value.data
-        if not isinstance(value, Tensor):
-            value = getattr(value, "data", None)  # of a QuantTensor, or of what a kernel has packed
-        if isinstance(value, Tensor):
-            sizes[value.data_ptr()] = max(sizes.get(value.data_ptr(), 0), value.numel() * value.element_size())
+        if not isinstance(value, Tensor):  # a QuantTensor, or what a kernel has packed
+            held = getattr(value, "tensors", {"data": getattr(value, "data", None)}).values()
+        else:
+            held = (value,)
+        for tensor in held:
+            if tensor is not None:
+                sizes[tensor.data_ptr()] = max(sizes.get(tensor.data_ptr(), 0), tensor.nbytes)
 
     for _, layer, key, _ in declared_tensors(model):
         add(getattr(layer, key))

@@ -14,7 +14,18 @@ from torch import Tensor
 from ollamapy import reference
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.engine.engine import Engine
-from ollamapy.engine.protocol import Embedding, Finish, LayerGroup, Output, Plan, SamplingParams, Step, TokenLogprob
+from ollamapy.engine.protocol import (
+    NOBODY,
+    Caller,
+    Embedding,
+    Finish,
+    LayerGroup,
+    Output,
+    Plan,
+    SamplingParams,
+    Step,
+    TokenLogprob,
+)
 
 VOCAB = 97
 HIDDEN = 4
@@ -144,14 +155,16 @@ class Run:
     """An engine whose books are checked after each step, and its answers by request id."""
 
     def __init__(self, model: FakeModel | None = None, draft: FakeModel | None = None, **plan: object) -> None:
-        settings: dict[str, object] = {"kv_dtype": "f32", "block_size": 4, "num_blocks": 64, "context_length": 128, **plan}
+        settings: dict[str, object] = {"kv_dtype": "f32", "block_size": 4, "num_blocks": 64, "context_length": 128}
+        settings |= {"slowdown": 0.0, **plan}  # or what a step takes would decide what is in the next
         self.model = model or FakeModel()
         self.engine = Engine(self.model, Plan("fake.gguf", **settings), draft_model=draft)  # type: ignore[arg-type]
         self.answers: dict[int, Answer] = {}
 
-    def add(self, request_id: int, token_ids: list[int], **params: object) -> None:
+    def add(self, request_id: int, token_ids: list[int], caller: Caller = NOBODY, **params: object) -> None:
         self.answers[request_id] = Answer()
-        self.engine.add(request_id, token_ids, SamplingParams(**{"temperature": 0.0, **params}))  # type: ignore[arg-type]
+        sampling = SamplingParams(**{"temperature": 0.0, **params})  # type: ignore[arg-type]
+        self.engine.add(request_id, token_ids, sampling, caller)
 
     def embed(self, request_id: int, token_ids: list[int]) -> None:
         self.answers[request_id] = Answer()

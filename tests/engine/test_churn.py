@@ -7,7 +7,10 @@ import random
 import pytest
 
 from ollamapy.engine.blocks import BlockManager
+from ollamapy.engine.protocol import Caller, ServiceTier
 from tests.engine.fake import NOT_A_NUMBER, RAISES, Answer, FakeConfig, FakeModel, Run, alone
+
+TIERS: tuple[ServiceTier, ...] = ("priority", "default", "default", "flex")
 
 
 def random_request(rng: random.Random, heads: list[list[int]]) -> tuple[list[int], dict[str, object]]:
@@ -47,6 +50,7 @@ def test_every_answer_is_the_one_given_alone(seed: int) -> None:
         context_length=64,
         max_num_seqs=rng.choice([3, 8, 16]),
         max_batch_tokens=rng.choice([4, 16, 64]),
+        slowdown=rng.choice([0.0, 2.5]),
     )
     requests = {i: random_request(rng, heads) for i in range(90)}
     aborted: set[int] = set()
@@ -57,7 +61,7 @@ def test_every_answer_is_the_one_given_alone(seed: int) -> None:
             if waiting:
                 request_id = waiting.pop()
                 prompt, params = requests[request_id]
-                run.add(request_id, prompt, **params)
+                run.add(request_id, prompt, Caller(rng.choice("abc"), rng.choice(TIERS)), **params)
         if rng.random() < 0.03 and run.answers:
             victim = rng.choice(list(run.answers))
             if run.answers[victim].finish is None:

@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 import msgspec
 
 from ollamapy.engine import protocol
-from ollamapy.engine.protocol import EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
+from ollamapy.engine.protocol import Caller, EngineInfo, Event, Finish, Output, Plan, SamplingParams, Stats, Step
 from ollamapy.errors import BadRequest, UnsupportedModel
 from ollamapy.gguf.reader import GGUFFile, is_gguf
 from ollamapy.lifecycle import forkserver
@@ -63,12 +63,12 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._running or self._embeds)
 
-    def add(self, request_id: int, token_ids: list[int], params: SamplingParams) -> None:
+    def add(self, request_id: int, token_ids: list[int], params: SamplingParams, caller: Caller) -> None:
         if not token_ids:
             raise BadRequest("the prompt is empty")
         self._running[request_id] = (len(token_ids), params.max_tokens, 0)
 
-    def embed(self, request_id: int, token_ids: list[int]) -> None:
+    def embed(self, request_id: int, token_ids: list[int], caller: Caller) -> None:
         if not token_ids:
             raise BadRequest("nothing to embed")
         self._embeds.append((request_id, token_ids))

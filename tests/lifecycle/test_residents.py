@@ -45,7 +45,7 @@ def run(test: Test, discover: Callable[[], Devices] = lambda: MACHINE, **setting
         finally:
             await residents.close()
         assert pid is not None and not exists(pid)
-        assert not residents._residents and not residents._loads and not residents._waiting
+        assert not residents._residents and not residents._loads and not len(residents._limits)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     before = open_fds()
@@ -443,7 +443,7 @@ def test_cancelling_the_only_waiter_ends_the_load(tmp_path: Path) -> None:
         await within(1, lambda: not exists(pid))
         await queued
         assert names(residents) == {"next"}
-        assert not residents._loads and not residents._waiting
+        assert not residents._loads and not len(residents._limits)
 
     run(check)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from ollamapy import reference
 from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.errors import UnsupportedModel
 from ollamapy.reference import attention as oracle
 from ollamapy.triton_kernels import attention as paged
+from ollamapy.triton_kernels import cache as layouts
+from ollamapy.triton_kernels import place, tuning
 from ollamapy.triton_kernels import rope as turning
 from tests.models.paged import make_batch
 
@@ -24,7 +28,7 @@ def caches(state: LayerState, contexts: list[int], block: int, dtype: torch.dtyp
     count = sum(-(-length // block) for length in contexts) + 2
     free = list(range(count))
     random.Random(0).shuffle(free)
-    ours, theirs = paged.new_cache(state, count, block, dtype, CPU), reference.new_cache(state, count, block, dtype, CPU)
+    ours, theirs = layouts.new_cache(state, count, block, dtype, CPU), reference.new_cache(state, count, block, dtype, CPU)
     for tensor in (ours.key, ours.value, theirs.key, theirs.value):
         tensor.fill_(torch.nan)
     tables = [[free.pop() for _ in range(-(-length // block))] for length in contexts]
@@ -44,6 +48,11 @@ def compare(
     got = paged.attention(q, ours, paged.plan(batch, ours), **options)
     want = oracle.attention(q.float(), theirs, oracle.plan(batch, theirs), **options)
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
+
+
+def split_at(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = dataclasses.replace(tuning.of(CPU), split_keys=keys)
+    monkeypatch.setattr(tuning, "of", lambda device: table)
 
 
 # heads, kv heads, D, Dv, block
@@ -76,7 +85,7 @@ def test_half_caches(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("options", [{}, {"window": 600}, {"sinks": True}, {"window": 40, "cap": 5.0}], ids=str)
 def test_split_keys(monkeypatch: pytest.MonkeyPatch, options: dict[str, float | bool]) -> None:
     """Contexts below, at and beyond the ends of splits; a window that leaves whole splits out."""
-    monkeypatch.setattr(paged, "SPLIT_KEYS", 128)
+    split_at(128, monkeypatch)
     contexts = [5, 128, 129, 300]
     ours, theirs, tables = caches(LayerState(2, 16, 24), contexts, 16, torch.float32)
     q = torch.randn(4, 6, 16)
@@ -86,7 +95,7 @@ def test_split_keys(monkeypatch: pytest.MonkeyPatch, options: dict[str, float | 
 
 
 def test_rows_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "SPLIT_KEYS", 64)
+    split_at(64, monkeypatch)
     contexts = [40, 150]
     ours, _, tables = caches(LayerState(1, 16, 16), contexts, 16, torch.float32)
     q = torch.randn(2, 3, 16)
@@ -103,34 +112,97 @@ def angles(rows: int, rot: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     return theta.cos().repeat(1, 1, 2), torch.cat([-theta.sin(), theta.sin()], -1)
 
 
+FLOATS = [torch.float32, torch.float16, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, layouts.Q8_0], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "length", "rot"), [(3, 1, 16, 16), (4, 2, 40, 24)])
-def test_rope_and_write(heads: int, kv_heads: int, length: int, rot: int, interleaved: bool) -> None:
-    """The heads are parts of one projection's rows, as in a model; the last row is padding without a slot."""
+@pytest.mark.parametrize(("heads", "kv_heads", "length", "rot"), [(3, 1, 32, 32), (4, 2, 96, 24)])
+def test_place(heads: int, kv_heads: int, length: int, rot: int, interleaved: bool, dtype: torch.dtype) -> None:
+    """One launch is the reference's norms, rope, temperature and writing; the last row has no slot."""
     torch.manual_seed(0)
-    state = LayerState(kv_heads, length, 24)
-    rows, slots = 4, torch.tensor([37, 3, 16])
-    parts = [heads * length, kv_heads * length, kv_heads * 24]
+    state, eps = LayerState(kv_heads, length, 64), 1e-6
+    rows, slots = 4, torch.tensor([37, 3, 16, -1])
+    parts = [heads * length, kv_heads * length, kv_heads * 64]
     joined = torch.randn(rows, sum(parts))
-    cos, sin = angles(rows, rot, interleaved)
-
-    def split(rows_: Tensor) -> list[Tensor]:
-        shapes = ((heads, length), (kv_heads, length), (kv_heads, 24))
-        return [part.unflatten(1, shape) for part, shape in zip(rows_.split(parts, 1), shapes, strict=True)]
-
-    q, k, v = split(joined.clone())
-    theirs = reference.new_cache(state, 3, 16, torch.float16, CPU)
+    positions, temper = torch.tensor([5, 0, 9, 2]), torch.rand(rows) + 0.5
+    q_norm, k_norm = torch.randn(length), torch.randn(length)
+    angles_of = torch.rand(10, rot // 2) * 6
+    table = torch.cat([angles_of.cos(), angles_of.sin()], 1)
+    theta = angles_of[positions].unsqueeze(1)
+    cos, sin = theta.cos(), theta.sin()
+    if interleaved:
+        cos, sin = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+    else:
+        cos, sin = cos.repeat(1, 1, 2), torch.cat([-sin, sin], -1)
+    shapes = ((heads, length), (kv_heads, length), (kv_heads, 64))
+    q, k, v = (part.unflatten(1, shape).clone() for part, shape in zip(joined.split(parts, 1), shapes, strict=True))
+    q, k = reference.rms_norm(q, q_norm, eps), reference.rms_norm(k, k_norm, eps)
     reference.rope(q, k, cos, sin, interleaved)
-    reference.write_kv(k, v, theirs, slots)
+    theirs = reference.new_cache(state, 3, 16, torch.float32, CPU)
+    reference.write_kv(k, v, theirs, slots[:3])
 
-    apart, fused = paged.new_cache(state, 3, 16, torch.float16, CPU), paged.new_cache(state, 3, 16, torch.float16, CPU)
-    q1, k1, v1 = split(joined.clone())
+    ours = layouts.new_cache(state, 3, 16, dtype, CPU)
+    turn = place.Turn(table, interleaved, q_norm, k_norm, eps)
+    got = place.place(joined.clone(), heads, turn, positions, temper, ours, slots)
+    torch.testing.assert_close(got, q * temper.view(-1, 1, 1), rtol=0, atol=4e-6)
+    apart = layouts.new_cache(state, 3, 16, dtype, CPU)
+    place.write_kv(k, v, apart, slots[:3])
+    for cache in (ours, apart):
+        for store, want in ((cache.key, theirs.key), (cache.value, theirs.value)):
+            want = want.transpose(1, 2)
+            if dtype == layouts.Q8_0:
+                width = want.shape[3]
+                codes = store[..., :width].view(torch.int8).float().unflatten(3, (-1, 32))
+                steps = store[..., width:].contiguous().view(torch.float16).float()
+                groups = want.unflatten(3, (-1, 32))
+                error = (codes * steps.unsqueeze(4) - groups).abs()
+                # half a step, and up to 127 roundings of the step to float16 at the largest code
+                assert (error <= steps.unsqueeze(4) * (0.5 + 127 * 2**-11) + 1e-6).all()
+            else:
+                torch.testing.assert_close(
+                    store.float(), want, rtol=torch.finfo(dtype).eps, atol=2**-9 if dtype.itemsize == 1 else 4e-6
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, layouts.Q8_0], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 21, "cap": 3.0, "sinks": True}], ids=str)
+def test_byte_caches(dtype: torch.dtype, options: dict[str, float | bool]) -> None:
+    """Read as what they hold: the reference gets the same rounded keys and values as floats."""
+    torch.manual_seed(0)
+    queries, contexts, block = [1, 20], [70, 50], 16
+    state = LayerState(2, 32, 64)
+    ours, theirs = layouts.new_cache(state, 12, block, dtype, CPU), reference.new_cache(state, 12, block, torch.float32, CPU)
+    tables = [[3, 9, 1, 7, 5], [2, 8, 4, 6]]
+    for table, length in zip(tables, contexts, strict=True):
+        slots = make_batch([table], [length], [length], block).slot_mapping
+        place.write_kv(torch.randn(length, 2, 32), torch.randn(length, 2, 64), ours, slots)
+    for store, target in ((ours.key, theirs.key), (ours.value, theirs.value)):
+        width = target.shape[3]
+        values = store.float()
+        if dtype == layouts.Q8_0:
+            steps = store[..., width:].contiguous().view(torch.float16).float()
+            values = (store[..., :width].view(torch.int8).float().unflatten(3, (-1, 32)) * steps.unsqueeze(4)).flatten(3)
+        target.copy_(values.transpose(1, 2))
+    q = torch.randn(sum(queries), 4, 32)
+    sinks = torch.randn(4) if options.get("sinks") else None
+    compare(q, make_batch(tables, queries, contexts, block), ours, theirs, 2e-6, **{**options, "scale": 0.2, "sinks": sinks})
+
+
+def test_heads_that_q8_0_cannot_hold() -> None:
+    with pytest.raises(UnsupportedModel, match="multiple of 32, not 80 and 80"):
+        layouts.new_cache(LayerState(1, 80, 80), 1, 16, layouts.Q8_0, CPU)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope(interleaved: bool) -> None:
+    """The heads are parts of one projection's rows."""
+    torch.manual_seed(0)
+    joined = torch.randn(4, 6 * 40)
+    cos, sin = angles(4, 24, interleaved)
+    q, k = (part.unflatten(1, (-1, 40)) for part in joined.clone().split([160, 80], 1))
+    reference.rope(q, k, cos, sin, interleaved)
+    q1, k1 = (part.unflatten(1, (-1, 40)) for part in joined.clone().split([160, 80], 1))
     turning.rope(q1, k1, cos, sin, interleaved)
-    turning.write_kv(k1, v1, apart, slots)
-    q2, k2, v2 = split(joined.clone())
-    turning.rope_write_kv(q2, k2, v2, (cos, sin), interleaved, fused, slots)
-    for got_q, got_k, cache in ((q1, k1, apart), (q2, k2, fused)):
-        torch.testing.assert_close(got_q, q, rtol=0, atol=1e-6)
-        torch.testing.assert_close(got_k, k, rtol=0, atol=1e-6)
-        torch.testing.assert_close(cache.key.transpose(1, 2), theirs.key, rtol=2**-10, atol=1e-6)
-        assert torch.equal(cache.value.transpose(1, 2), theirs.value)
+    torch.testing.assert_close(q1, q, rtol=0, atol=1e-6)
+    torch.testing.assert_close(k1, k, rtol=0, atol=1e-6)

@@ -25,9 +25,16 @@ def test_norms(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(norm.layer_norm(x, weight, b, 1e-5), want, rtol=2e-6, atol=2e-6)
     residual, total = x.clone(), x + 2 * x
     torch.testing.assert_close(
-        norm.add_rms_norm(2 * x, residual, weight, 1e-5), reference.rms_norm(total, weight, 1e-5), rtol=1e-6, atol=1e-6
+        norm.add_norm(2 * x, residual, 1e-5, weight), reference.rms_norm(total, weight, 1e-5), rtol=1e-6, atol=1e-6
     )
     assert torch.equal(residual, total)
+    branch = reference.rms_norm(2 * x, bias, 1e-5)
+    residual = x.clone()
+    got = norm.add_norm(2 * x, residual, 1e-5, weight, bias)
+    torch.testing.assert_close(got, reference.rms_norm(x + branch, weight, 1e-5), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(residual, x + branch, rtol=1e-6, atol=1e-6)
+    alone = x.clone()
+    assert norm.add_norm(2 * x, alone, 1e-5, None, bias) is alone and torch.equal(alone, residual)
 
 
 def test_half_norm() -> None:
@@ -61,9 +68,27 @@ def test_table() -> None:
     for op in triton_kernels.OPS:
         function = triton_kernels.load(op)
         original = getattr(reference, op, None)
-        if original is not None:
+        if callable(original):
             code, other = function.__code__, original.__code__
-            assert code.co_varnames[: code.co_argcount] == other.co_varnames[: other.co_argcount], op
+            assert code.co_varnames[: other.co_argcount] == other.co_varnames[: other.co_argcount], op
     for op in triton_kernels.PREPARE:
         assert triton_kernels.load(op, triton_kernels.PREPARE).__code__.co_varnames[:2] == ("weight", "device")
-    assert "no kernels for cpu" in triton_kernels.objection("cpu") and triton_kernels.objection("cuda") == ""
+    assert triton_kernels.objection(torch.device("cpu")) == ""  # because it is interpreted
+    assert triton_kernels.objection(torch.device("cuda")) == "" and "for mps" in triton_kernels.objection(torch.device("mps"))
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 96), (2, 1056)], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+def test_quantize(shape: tuple[int, int], normed: bool) -> None:
+    """Codes within half a step of the values, the largest of a group at 127; a group of zeros is zeros."""
+    x, weight = randn(*shape), randn(shape[1])
+    x[0, :32] = 0.0
+    want = reference.rms_norm(x, weight, 1e-5) if normed else x
+    got = norm.quantize(x, weight if normed else None, 1e-5)
+    codes = got.codes.view(shape[0], -1, 16, 2).transpose(2, 3).float()  # (n, groups, halves, 16)
+    values = codes.flatten(2) * got.steps.unsqueeze(2)
+    groups = want.view(shape[0], -1, 32)
+    torch.testing.assert_close(got.steps, groups.abs().amax(2) / 127, rtol=2e-6, atol=1e-9)
+    assert ((values - groups).abs() <= got.steps.unsqueeze(2) * 0.50001 + 1e-9).all()
+    torch.testing.assert_close(got.sums, codes.sum(3) * got.steps.unsqueeze(2), rtol=1e-6, atol=1e-6)
+    assert not values[0, 0].any()

@@ -7,13 +7,14 @@ import torch
 
 from ollamapy import reference
 from ollamapy.gguf.types import GGMLType
-from ollamapy.triton_kernels import layout, moe
+from ollamapy.triton_kernels import layout, moe, tuning
 from tests.triton.data import random_weight
 
 
 @pytest.mark.parametrize(("tokens", "experts", "used"), [(1, 4, 2), (7, 3, 2), (40, 2, 1)])
 @pytest.mark.parametrize("types", [(GGMLType.Q4_K, GGMLType.Q8_0), (GGMLType.Q6_K, GGMLType.MXFP4)], ids=str)
-def test_moe(types: tuple[GGMLType, GGMLType], tokens: int, experts: int, used: int) -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_moe(types: tuple[GGMLType, GGMLType], tokens: int, experts: int, used: int, joined: bool) -> None:
     """An expert that nobody chose, runs that end within a tile, and experts with more rows than one tile has."""
     generator = torch.Generator().manual_seed(tokens)
     weights = [
@@ -29,10 +30,40 @@ def test_moe(types: tuple[GGMLType, GGMLType], tokens: int, experts: int, used: 
     gate, up, down = (layout.pack(weight) for weight in weights)
     dense = tuple(weight.dequantize() for weight in weights)
     want = reference.moe(x, logits, (dense[0], dense[1], dense[2]), routing, "silu")
-    got = moe.routed_experts(x, logits, (gate, up, down), routing, "silu", torch.float32)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
-    half = moe.moe(x, logits, (gate, up, down), routing, "silu")
+    held = moe.Experts(gate, up, down, layout.join([gate, up]) if joined else None)
+    stream = torch.ones(tokens, 256)
+    got = moe.mix(x, logits, held, routing, "silu", stream, True)
+    torch.testing.assert_close(got, want + 1, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    if not joined:
+        assert torch.equal(moe.moe(x, logits, (gate, up, down), routing, "silu") + 1, got)
+
+
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [random_weight(GGMLType.Q4_K, 3, *shape, seed=i) for i, shape in enumerate([(32, 256), (32, 256), (256, 256)])]
+    weights[2] = random_weight(GGMLType.Q8_0, 3, 256, 32, seed=3)
+    x, logits = torch.randn(40, 256) * 0.05, torch.randn(40, 3)
+    dense = tuple(weight.dequantize() for weight in weights)
+    want = reference.moe(x, logits, (dense[0], dense[1], dense[2]), reference.Routing(2), "silu")
+    monkeypatch.setattr(tuning, "activations", lambda device: torch.bfloat16)
+    half = moe.moe(x, logits, tuple(layout.pack(weight) for weight in weights), reference.Routing(2), "silu")
     torch.testing.assert_close(half, want, rtol=0.05, atol=2**-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid", "softmax_selected"])
+@pytest.mark.parametrize(("experts", "used", "scale"), [(1, 1, 0.0), (9, 3, 2.5), (64, 8, 0.0)])
+def test_route(gating: reference.Gating, experts: int, used: int, scale: float) -> None:
+    logits = 3 * torch.randn(4, experts, generator=torch.Generator().manual_seed(experts))
+    for renormalize in (True, False):
+        routing = reference.Routing(used, gating, renormalize, scale)
+        ids, weights = moe.route(logits, routing)
+        want_ids, want = reference.route(logits, routing)
+        assert torch.equal(ids.long(), want_ids)
+        torch.testing.assert_close(weights, want, rtol=2e-6, atol=1e-7)
+
+
+def test_equal_experts() -> None:
+    """The lower number first, whatever the size of the batch."""
+    assert moe.route(torch.zeros(2, 5), reference.Routing(3))[0].tolist() == [[0, 1, 2]] * 2
 
 
 def test_runs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +12,12 @@ from ollamapy import reference
 from ollamapy.gguf.types import TYPES as SIZES
 from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
-from ollamapy.triton_kernels import embedding, layout, matmul
+from ollamapy.triton_kernels import embedding, layout, linear, tuning
 from tests.quant.test_dequant import random_blocks
 from tests.triton.data import random_weight
+
+# exp of a large number is infinite and its inverse zero, as on a GPU; numpy, which interprets, says so
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
 CPU = torch.device("cpu")
 TYPES = pytest.mark.parametrize("type", layout.FORMS, ids=lambda type: type.name)
@@ -35,6 +40,21 @@ def test_dequantize_and_embedding(type: GGMLType, columns: int) -> None:
     assert torch.equal(embedding.embedding(ids, planes), reference.embedding(ids, weight))
 
 
+def matvec(x: Tensor, planes: layout.Planes, **more: object) -> Tensor:
+    return linear.matvec(x, planes, torch.empty(x.shape[0], planes.shape[-2]), **more)
+
+
+def matmul(x: Tensor, planes: layout.Planes, dot: torch.dtype) -> Tensor:
+    return linear.matmul(x, planes, torch.empty(x.shape[0], planes.shape[-2]), dot=dot)
+
+
+def tune(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuning.Table:
+    """Other numbers than those of the table."""
+    table = dataclasses.replace(tuning.of(CPU), **changes)
+    monkeypatch.setattr(tuning, "of", lambda device: table)
+    return table
+
+
 def check(got: Tensor, x: Tensor, weight: QuantTensor, tolerance: float) -> None:
     """Within `tolerance` of the exact product, relative to the sum of its terms' magnitudes."""
     exact = weight.dequantize().double()
@@ -48,8 +68,8 @@ def test_matvec(type: GGMLType, rows: int) -> None:
     """float32: as good as any order of a sum. K ends within a step, columns within a tile; 37 columns are split over K."""
     weight = random_weight(type, 37, 1280)
     x = torch.randn(rows, 1280, generator=torch.Generator().manual_seed(rows))
-    assert matmul._splits(3, 40, 32)[0] == 1
-    check(matmul.matvec(x, layout.pack(weight)), x, weight, 2e-7)
+    assert linear.splits_of(5, 264, 40, 32)[0] == 1
+    check(matvec(x, layout.pack(weight)), x, weight, 2e-7)
 
 
 @TYPES
@@ -58,7 +78,7 @@ def test_matmul(type: GGMLType, rows: int, dot: torch.dtype, tolerance: float) -
     """Weights and x are each rounded once to `dot`: at most two half units in the last place, on the sum's magnitude."""
     weight = random_weight(type, 37, 768)
     x = torch.randn(rows, 768, generator=torch.Generator().manual_seed(rows))
-    check(matmul.matmul(x, layout.pack(weight), dot), x, weight, tolerance)
+    check(matmul(x, layout.pack(weight), dot), x, weight, tolerance)
 
 
 @pytest.mark.parametrize("type", [GGMLType.Q5_1, GGMLType.Q8_0], ids=lambda type: type.name)
@@ -66,38 +86,61 @@ def test_matmul_ends_within_a_step(type: GGMLType) -> None:
     """11 groups in steps of 4: what lies beyond a row of x is the next row, and must not be added."""
     weight = random_weight(type, 37, 352)
     x = torch.randn(21, 352, generator=torch.Generator().manual_seed(0))
-    check(matmul.matmul(x[:20], layout.pack(weight), torch.float32), x[:20], weight, 4e-7)
+    check(matmul(x[:20], layout.pack(weight), torch.float32), x[:20], weight, 4e-7)
 
 
 @pytest.mark.parametrize("rows", [2, 4, 40, 70, 130])
-def test_every_tile(rows: int) -> None:
+def test_every_tile(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row of the tables, in bfloat16 where there are tensor cores, with x of both types that a model runs in."""
+    monkeypatch.setattr(tuning, "activations", lambda device: torch.bfloat16)
     weight = random_weight(GGMLType.Q4_K, 70, 512)
     planes = layout.pack(weight)
     x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(0))
-    check(matmul.linear(x, planes), x, weight, 2e-7 if rows <= matmul.MATVEC_ROWS else 2**-7)
+    check(linear.linear(x, planes), x, weight, 2e-7 if rows <= 4 else 2**-7)
     bias = torch.randn(70)
-    got = matmul.linear(x.bfloat16(), planes, bias.bfloat16())
+    got = linear.linear(x.bfloat16(), planes, bias.bfloat16())
     assert got.dtype == torch.bfloat16
     check(got.float() - bias.bfloat16().float(), x.bfloat16(), weight, 2**-6)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [2, 7])
+@pytest.mark.parametrize("programs", [1, 264], ids=["whole K", "split K"])
+def test_ends(kind: reference.Activation, rows: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bias, residual stream, and gate with up, in every kernel that can end a product: columns of a wider output, too."""
+    tune(monkeypatch, programs=programs, matvec=tuning.Tile(4, 8, 4, 4, 1))
+    gate, up = (random_weight(GGMLType.Q8_0, 19, 512, seed=seed) for seed in (1, 2))
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(0))
+    parts = [layout.pack(gate), layout.pack(up)]
+    joined = layout.join(parts)
+    g, u = (x.double() @ weight.dequantize().double().t() for weight in (gate, up))
+    scale = float((x.double().abs() @ gate.dequantize().double().abs().t()).max())
+    wide = torch.full((rows, 40), 7.0)
+    out = linear.project(x, parts[0], wide[:, 3:22], bias=torch.arange(19.0), add=True)
+    torch.testing.assert_close(out.double(), g + torch.arange(19.0) + 7.0, rtol=0, atol=4e-7 * (scale + 30))
+    assert (wide[:, :3] == 7).all() and (wide[:, 22:] == 7).all()
+    got = linear.project(x, joined, torch.empty(rows, 19), gate=kind)
+    # each factor is off by at most 4e-7 of its sum's magnitude, and |act'| < 1.2
+    bound = 4e-7 * scale * (1.2 * float(u.abs().max()) + float(g.abs().max())) + 1e-6
+    torch.testing.assert_close(got.double(), reference.gated_activation(g, u, kind), rtol=1e-5, atol=bound)
 
 
 def test_split_k(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(GGMLType.Q6_K, 20, 4096)
     planes = layout.pack(weight)
     x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(matmul, "MATVEC", matmul.Tile(4, 8, 8, 4, 1))
-    assert matmul._splits(3, 128, 8) == (4, 32)
-    check(matmul.matvec(x, planes), x, weight, 2e-7)
-    check(matmul.matmul(x, planes, torch.float32), x, weight, 4e-7)
+    tune(monkeypatch, matvec=tuning.Tile(4, 8, 8, 4, 1))
+    assert linear.splits_of(3, 264, 128, 8) == (4, 32)
+    check(matvec(x, planes), x, weight, 2e-7)
+    check(matmul(x, planes, torch.float32), x, weight, 4e-7)
 
 
 def test_many_rows_are_decoded_once() -> None:
     weight = random_weight(GGMLType.Q5_K, 24, 256)
-    x = torch.randn(matmul.DENSE_ROWS, 256, generator=torch.Generator().manual_seed(0))
-    planes = matmul.prepare_linear(weight, CPU)
-    assert [matmul.choose_path(rows, planes) for rows in (1, 4, 5, 255, 256)] == ["matvec", "matvec", "tiles", "tiles", "layer"]
-    check(matmul.linear(x, planes), x, weight, 2**-7)
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    planes = linear.prepare_linear(weight, CPU)
+    assert [linear.choose_path(rows, planes) for rows in (1, 4, 5, 255, 256)] == ["matvec", "matvec", "tiles", "tiles", "layer"]
+    check(linear.linear(x, planes), x, weight, 2**-7)
 
 
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.IQ2_XXS], ids=lambda t: t.name)
@@ -109,5 +152,5 @@ def test_dense_types(type: GGMLType) -> None:
     else:
         weight = QuantTensor.wrap(torch.from_numpy(blocks).flatten(), type, (3, 256))
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
-    check(matmul.linear(x, matmul.prepare_linear(weight, CPU)), x, weight, 2**-7)
-    assert matmul.linear(x[:0], matmul.prepare_linear(weight, CPU)).shape == (0, 3)
+    check(linear.linear(x, linear.prepare_linear(weight, CPU)), x, weight, 2**-7)
+    assert linear.linear(x[:0], linear.prepare_linear(weight, CPU)).shape == (0, 3)

@@ -28,11 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import tests.triton.conftest  # noqa: F401  (makes ollamapy.triton_kernels importable)
 from ollamapy.engine.batch import LayerState
 from ollamapy.gguf.types import GGMLType
 from ollamapy.reference import Routing
-from ollamapy.triton_kernels import activation, attention, embedding, layout, matmul, moe, norm, rope
+from ollamapy.triton_kernels import activation, attention, cache, embedding, layout, linear, moe, norm, place, tuning
 from tests.models.paged import make_batch
 from tests.triton.data import random_weight
 
@@ -80,17 +79,19 @@ def attend(
     def call() -> object:
         tables = [list(range(-(-context // 16))) for context in contexts]
         batch = make_batch(tables, queries, contexts, 16)
-        cache = attention.new_cache(LayerState(kv_heads, length, length), len(tables[0]), 16, dtype, CPU)
-        return attention.attention(bf16(sum(queries), heads, length), cache, attention.plan(batch, cache), scale=0.1, **options)
+        store = cache.new_cache(LayerState(kv_heads, length, length), len(tables[0]), 16, dtype, CPU)
+        return attention.attention(bf16(sum(queries), heads, length), store, attention.plan(batch, store), scale=0.1, **options)
 
     return call
 
 
-def turn() -> object:
-    cache = attention.new_cache(LayerState(8, 128, 128), 2, 16, torch.bfloat16, CPU)
-    angles = torch.zeros(4, 1, 128), torch.zeros(4, 1, 128)
-    joined = bf16(4, 48, 128)
-    return rope.rope_write_kv(joined[:, :32], joined[:, 32:40], joined[:, 40:], angles, False, cache, torch.arange(4))
+def turn(heads: int = 32, kv_heads: int = 8, length: int = 128, dtype: torch.dtype = torch.bfloat16) -> object:
+    """A decoding step's heads to their places, with everything that a model can ask of it."""
+    store = cache.new_cache(LayerState(kv_heads, length, length), 2, 16, dtype, CPU)
+    qkv = bf16(4, (heads + 2 * kv_heads) * length)
+    norms = torch.zeros(length)
+    angles = place.Turn(torch.zeros(64, length), False, norms, norms, 1e-6)
+    return place.place(qkv, heads, angles, torch.arange(4), torch.zeros(4), store, torch.arange(4))
 
 
 def mix() -> object:
@@ -104,7 +105,7 @@ def of_weights(type: GGMLType, rows: list[int]) -> dict[str, Case]:
     for count in rows:
         name = f"linear {type.name} {count} row{'s' if count > 1 else ''}"
         planes = lambda: layout.pack(random_weight(type, 16, 4096))  # noqa: E731
-        cases[name] = (lambda count=count, planes=planes: matmul.linear(bf16(count, 4096), planes())), count >= 64
+        cases[name] = (lambda count=count, planes=planes: linear.linear(bf16(count, 4096), planes())), count >= 64
     cases[f"dequantize {type.name}"] = (lambda: embedding.dequantize(layout.pack(random_weight(type, 16, 4096)))), False
     return cases
 
@@ -119,7 +120,7 @@ def all_cases(every: bool) -> dict[str, Case]:
         "attention decode, split": (attend([1], [3000], 32, 8, 128), False),
         "attention prefill, 32/8 heads of 128": (attend([200], [300], 32, 8, 128), True),
         "attention prefill, 8/4 heads of 256, cap": (attend([200], [300], 8, 4, 256, cap=50.0), True),
-        "rope_write_kv, 32/8 heads of 128": (turn, False),
+        "place, 32/8 heads of 128": (turn, False),
         "moe MXFP4, 4 experts, 64 rows": (mix, False),
     }
     return cases | more_cases() if every else cases
@@ -134,7 +135,7 @@ def more_cases() -> dict[str, Case]:
             True,
         ),
         "attention prefill, float32, 8/4 heads of 128": (attend([200], [300], 8, 4, 128, dtype=torch.float32), False),
-        "add_rms_norm of 4096": (lambda: norm.add_rms_norm(bf16(2, 4096), bf16(2, 4096), bf16(4096), 1e-5), False),
+        "add_norm of 4096": (lambda: norm.add_norm(bf16(2, 4096), bf16(2, 4096), 1e-5, bf16(4096)), False),
         "gated_activation": (lambda: activation.gated_activation(bf16(2, 14336), bf16(2, 14336), "silu"), False),
         "softcap": (lambda: activation.softcap(torch.zeros(2, 1024), 30.0), False),
     }
@@ -154,6 +155,9 @@ def figures(name: str, architecture: int, every: bool) -> tuple[str, int, dict[s
     call, tensor_cores = all_cases(every)[name]
     compiled: list[Any] = []
     driver.set_active(Target(architecture))
+    table = tuning.read(tuning.name_for(architecture))
+    tuning.of = lambda device: table
+    tuning.activations = lambda device: getattr(torch, table.activations)
 
     def compile_only(self: JITFunction, grid: object) -> Callable[..., None]:
         return lambda *args, **kwargs: compiled.append(self.run(*args, grid=grid, warmup=True, **kwargs))

@@ -1,4 +1,4 @@
-"""Makes the checkout's triton_kernels/ importable by its installed name, and its interpreter able to multiply bfloat16.
+"""Makes Triton's interpreter able to multiply bfloat16 and to round to float8.
 
 Triton either interprets kernels or compiles them, for the whole life of a process: TRITON_INTERPRET is read when kernels are
 defined. So the files check_*.py, which pytest does not collect by itself, run in a process of their own (see test_kernels.py).
@@ -6,26 +6,10 @@ defined. So the files check_*.py, which pytest does not collect by itself, run i
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[2] / "triton_kernels"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def use_checkout() -> None:
-    """What `pip install -e .` also does."""
-    if importlib.util.find_spec("ollamapy.triton_kernels") is None:
-        spec = importlib.util.spec_from_file_location(
-            "ollamapy.triton_kernels", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
-        )
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
 
 
 def multiply_bfloat16() -> None:
@@ -43,6 +27,23 @@ def multiply_bfloat16() -> None:
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
 
 
-use_checkout()
+def round_float8() -> None:
+    """The interpreter loses the carry from mantissa to exponent: 1.97 becomes 1.0. Here torch rounds."""
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.from_numpy(np.array(values)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return convert(values, source, target, mode)
+
+    interpreter._convert_float = rounded
+
+
 if INTERPRETED:
     multiply_bfloat16()
+    round_float8()

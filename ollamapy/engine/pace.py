@@ -1,0 +1,54 @@
+"""Pace: how many prompt tokens a step may take beside sequences that decode, from what steps have cost. Knows no sequence.
+
+A step that also computes a prompt is longer for everybody who waits for a next token. The engine tells what its steps took;
+from that come the seconds of a step that only decodes and of a prompt token, and so the chunk with which a step takes
+`slowdown` times as long as decoding alone. Beside nobody the whole token budget is used.
+"""
+
+from __future__ import annotations
+
+import math
+
+MIN_CHUNK = 8  # prompt tokens of a step, whatever they cost: a prompt moves on
+WEIGHT = 0.3  # of the newest observation
+OUTLIER = 4.0  # times what was expected: more than that is counted as that much (a page fault, a busy machine)
+LEAST = 0.1  # of a mixed step is its prompt's, though decoding alone should have taken longer
+PROBE_AFTER = 1.0  # seconds of mixed steps until one decodes only, to learn anew what that takes
+
+
+class Pace:
+    """`limit`: tokens that a step takes at most. `slowdown` <= 1 turns pacing off."""
+
+    def __init__(self, limit: int, slowdown: float) -> None:
+        self.limit, self.slowdown = limit, slowdown
+        self._decode: dict[int, float] = {}  # power of two of rows that decode -> seconds of a step with nothing else
+        self._prompt = math.nan  # seconds of a prompt token
+        self._mixed = 0.0  # seconds of mixed steps since the last that only decoded
+
+    def budget(self, num_rows: int) -> int:
+        """Prompt tokens beside `num_rows` rows that decode; 0 in a step that is to show what decoding alone takes."""
+        left = self.limit - num_rows
+        if num_rows == 0 or self.slowdown <= 1:
+            return left
+        decode = self._decode.get(num_rows.bit_length())
+        if decode is None or self._mixed > PROBE_AFTER:
+            return 0
+        if math.isnan(self._prompt):
+            return min(left, MIN_CHUNK)
+        return min(left, max(MIN_CHUNK, int((self.slowdown - 1) * decode / self._prompt)))
+
+    def record(self, num_rows: int, num_prompt_tokens: int, seconds: float) -> None:
+        """What a step took. A failed one that was run again in parts is counted as it was."""
+        if num_prompt_tokens == 0:
+            key = num_rows.bit_length()
+            self._decode[key] = _averaged(self._decode.get(key, math.nan), seconds)
+            self._mixed = 0.0
+            return
+        decode = self._decode.get(num_rows.bit_length(), 0.0) if num_rows else 0.0
+        if num_rows:
+            self._mixed += seconds
+        self._prompt = _averaged(self._prompt, max(seconds - decode, LEAST * seconds) / num_prompt_tokens)
+
+
+def _averaged(average: float, value: float) -> float:
+    return value if math.isnan(average) else average + WEIGHT * (min(value, OUTLIER * average) - average)

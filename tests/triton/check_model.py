@@ -1,0 +1,127 @@
+"""Tiny models end to end through the engine on Triton's interpreted kernels, against the reference kernels: logits, tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from ollamapy.engine.engine import Engine
+from ollamapy.engine.protocol import Plan, SamplingParams, Step
+from ollamapy.gguf.reader import GGUFFile
+from ollamapy.gguf.types import GGMLType
+from ollamapy.gguf.writer import write_gguf
+from ollamapy.models.decoder import Decoder
+from ollamapy.models.load import load_model
+from ollamapy.triton_kernels import tuning
+from tests.models.paged import Paged
+from tests.models.tiny import Tiny, converted, reference_model
+from tests.triton.data import random_weight
+
+# exp of a large number is infinite and its inverse zero, as on a GPU; numpy, which interprets, says so
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+SMALL = {"num_hidden_layers": 2, "vocab_size": 96, "intermediate_size": 96}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+MODELS = {
+    "llama": Tiny("LlamaForCausalLM", SMALL),
+    "gemma3": Tiny(
+        "Gemma3ForCausalLM",
+        {
+            **SMALL,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": GEMMA3_ROPE,
+            "attn_logit_softcapping": 1.0,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3moe": Tiny(
+        "Qwen3MoeForCausalLM",
+        {**SMALL, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+}
+LIMIT = 2e-5
+"""Of max |difference| / max |logit|: both sides compute in float32, in other orders. Chains of n roundings stray by less than
+8 sqrt(n) 2^-24; of the layers' sums of 64 to 128 terms, about ten in a row, that is 10 * 8 * sqrt(128) * 2^-24 = 5e-5, halved
+because errors of one layer do not all add. Observed: 1e-6."""
+
+
+@pytest.fixture(autouse=True)
+def _wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a program of 8 columns as for one of 64."""
+    wide = tuning.Tile(32, 128, 4, 4, 3)
+    table = dataclasses.replace(
+        tuning.of(torch.device("cpu")), matvec=tuning.Tile(4, 64, 4, 4, 1), tiles=(wide,), matvec_pairs=4, split_keys=32
+    )
+    monkeypatch.setattr(tuning, "of", lambda device: table)
+
+
+def write(tiny: Tiny, folder: Path) -> Path:
+    """The model with quantized matrices: each row's type from its length; what its values are does not matter here."""
+    metadata, tensors = converted(tiny, reference_model(tiny), folder)
+    entries = []
+    for index, (name, tensor) in enumerate(tensors.items()):
+        type, data = GGMLType.F32, tensor.contiguous().numpy().data.cast("B")
+        if tensor.dim() > 1 and "router" not in name and "gate_inp" not in name:
+            type = GGMLType.Q5_0 if name.endswith("attn_v.weight") else GGMLType.Q8_0
+            weight = random_weight(type, *tensor.shape, seed=index)
+            data = weight.data.numpy().data.cast("B")
+        entries.append((name, type, tuple(tensor.shape), data))
+    write_gguf(folder / "tiny.gguf", metadata, entries)
+    return folder / "tiny.gguf"
+
+
+def load(path: Path, kernels: str) -> Decoder:
+    with GGUFFile.open(path) as file:
+        return load_model(file, torch.device("cpu"), kernels=kernels)
+
+
+def feed(model: Decoder) -> dict[str, torch.Tensor]:
+    """Two prompts, then a decoding step of both, then one beside a later part of the other's prompt."""
+    paged = Paged(model)
+    found = {f"prompt {name}": out for name, out in paged.logits({"a": range(3, 13), "b": [5, 80]}).items()}
+    found |= {f"decoded {name}": out for name, out in paged.logits({"a": [7], "b": [9]}).items()}
+    return found | {f"mixed {name}": out for name, out in paged.logits({"b": range(40, 46), "a": [11]}).items()}
+
+
+def generate(model: Decoder) -> dict[int, list[int]]:
+    engine = Engine(model, Plan("tiny", num_blocks=20, block_size=16, context_length=64))
+    tokens: dict[int, list[int]] = {}
+    for request, prompt in enumerate([[10, 11, 12], [3]]):
+        engine.add(request, prompt, SamplingParams(temperature=0.0, max_tokens=2))
+    while engine.has_work:
+        for event in engine.step():
+            assert isinstance(event, Step)
+            for output in event.outputs:
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    return tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str, tmp_path: Path) -> None:
+    path = write(MODELS[name], tmp_path)
+    reference = load(path, "reference")
+    want, tokens = feed(reference), generate(reference)
+    model = load(path, "triton")
+    assert type(model._stack).__module__ == "ollamapy.triton_kernels.stack"
+    for step, got in feed(model).items():
+        error = (got - want[step]).abs().max() / want[step].abs().max()
+        assert error < LIMIT, (step, float(error))
+    assert generate(model) == tokens
+
+
+def test_op_by_op(tmp_path: Path) -> None:
+    """As layers run that the stack does not take."""
+    path = write(MODELS["qwen3moe"], tmp_path)
+    want = Paged(load(path, "reference")).logits({"a": range(5)})["a"]
+    model = load(path, "triton")
+    model._stack = None
+    got = Paged(model).logits({"a": range(5)})["a"]
+    assert (got - want).abs().max() / want.abs().max() < LIMIT

@@ -1,0 +1,84 @@
+"""What is launched for which shape, by architecture: `tuned/*.json`, read once. Nothing is tuned at a user's start.
+
+A file is named for the least compute capability that it serves; `other.json` serves AMD's and Intel's devices. Its `source`
+says whether its numbers were measured or predicted. Numbers are counts: rows of x, rows of W, groups of 32 weights, keys.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).with_name("tuned")
+
+
+class Tile(NamedTuple):
+    """Of a matmul kernel: rows of x, rows of W, groups of K at a time, and how it is compiled."""
+
+    rows: int
+    columns: int
+    groups: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One architecture's numbers."""
+
+    source: str
+    matvec_rows: int  # up to these rows of x: the matvec kernel (at most 4)
+    matvec_pairs: int  # up to these pairs of a token and an expert: a matvec each
+    int8_rows: int  # up to these: tiles on int8 activations; 0: never
+    dense_rows: int  # from these on, decoding a layer costs less than tiles lose to a dense matmul
+    programs: int  # below that many, K is split: two for each multiprocessor
+    matvec: Tile
+    tiles: tuple[Tile, ...]  # by rows of x: the first that holds them all, else the last
+    int8_tiles: tuple[Tile, ...]
+    split_keys: int  # of one program when decoding
+    activations: str  # the type between kernels: bfloat16 or float16
+
+    def tile(self, rows: int) -> Tile:
+        return next((tile for tile in self.tiles if rows <= tile.rows), self.tiles[-1])
+
+    def int8_tile(self, rows: int) -> Tile:
+        return next((tile for tile in self.int8_tiles if rows <= tile.rows), self.int8_tiles[-1])
+
+
+@cache
+def read(name: str) -> Table:
+    """tuned/`name`.json. Every field must be there, and no other."""
+    content = json.loads((FOLDER / f"{name}.json").read_text())
+    assert content.keys() == {field.name for field in fields(Table)}, f"{name}.json: {sorted(content)}"
+    tiles = {key: tuple(Tile(*tile) for tile in content.pop(key)) for key in ("tiles", "int8_tiles")}
+    table = Table(**{**content, **tiles, "matvec": Tile(*content["matvec"])})
+    for tile in (table.matvec, *table.tiles, *table.int8_tiles):
+        assert all(size & (size - 1) == 0 for size in tile[:4]), f"{name}.json: {tile} has no powers of two"
+    assert table.matvec_rows <= 4 and table.activations in ("bfloat16", "float16"), name
+    return table
+
+
+def name_for(capability: int) -> str:
+    """The file of a compute capability (90 for 9.0): that of the nearest below."""
+    known = sorted(int(path.stem[3:]) for path in FOLDER.glob("sm_*.json"))
+    return f"sm_{max(number for number in known if number <= max(capability, known[0]))}"
+
+
+@cache
+def of(device: torch.device) -> Table:
+    """The numbers for a device. A CPU, which interprets, takes those of an H100."""
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return read(name_for(10 * major + minor))
+    return read("sm_90" if device.type == "cpu" else "other")
+
+
+def activations(device: torch.device) -> torch.dtype:
+    """The type of hidden states between kernels, and of products: float32 where they are interpreted."""
+    found: torch.dtype = torch.float32 if device.type == "cpu" else getattr(torch, of(device).activations)
+    return found
