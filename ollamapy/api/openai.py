@@ -71,6 +71,7 @@ class Sampled(msgspec.Struct, kw_only=True):
     logit_bias: dict[str, float] = {}
     options: dict[str, Any] = {}
     keep_alive: Any = None
+    service_tier: str = ""
     debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
 
 
@@ -103,6 +104,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
     encoding_format: str = "float"
     options: dict[str, Any] = {}
     keep_alive: Any = None
+    service_tier: str = ""
 
 
 def to_chat(request: ChatCompletionRequest) -> ChatRequest:
@@ -130,6 +132,7 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
         logprobs=request.logprobs,
         top_logprobs=request.top_logprobs,
         logit_bias=request.logit_bias,
+        service_tier=request.service_tier,
         debug_render_only=request.debug_render_only,
     )
 
@@ -168,6 +171,7 @@ def to_generate(request: CompletionRequest, prompt: str) -> GenerateRequest:
         logprobs=request.logprobs is not None,
         top_logprobs=request.logprobs or 0,
         logit_bias=request.logit_bias,
+        service_tier=request.service_tier,
         debug_render_only=request.debug_render_only,
     )
 
@@ -186,6 +190,7 @@ def to_embed(request: EmbeddingRequest) -> EmbedRequest:
         truncate=False,
         options=request.options,
         keep_alive=request.keep_alive,
+        service_tier=request.service_tier,
     )
 
 

@@ -32,6 +32,7 @@ class Inference(msgspec.Struct, kw_only=True, omit_defaults=True):
     logprobs: bool = False
     top_logprobs: int = 0
     logit_bias: dict[str, float] = {}  # ours here: OpenAI's, token id -> -100..100 added to its logit
+    service_tier: str = ""  # ours, with OpenAI's words: flex goes behind other requests, priority before one's own
     debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class EmbedRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     dimensions: int = 0
     options: dict[str, Any] = {}
     keep_alive: Any = None
+    service_tier: str = ""
 
     def __post_init__(self) -> None:
         lifetime(self.keep_alive)
@@ -180,6 +182,7 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     draft_accepted_count: int = 0
     truncated: bool = False
     prompt_tokens_total: int = 0
+    context_shifts: int = 0
     debug_info: DebugInfo | None = msgspec.field(name="_debug_info", default=None)
 
 

@@ -193,6 +193,7 @@ class Output(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprob] = []
     finish: Finish | None = None
     prompt_logprobs: list[TokenLogprob] = []  # of the prompt's next tokens, from its second on
+    queue_ns: int = 0  # of its first one: from arrival to its first scheduled step
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

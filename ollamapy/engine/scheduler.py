@@ -245,8 +245,9 @@ class Scheduler:
         return Output(seq.request_id, tokens, [entry for output in told for entry in output.logprobs], told[-1].finish)
 
     def _accept(self, seq: Sequence, result: Result, now: int) -> Output:
+        queued = 0
         if not seq.first_token_ns:
-            seq.first_token_ns = now
+            seq.first_token_ns, queued = now, seq.first_scheduled_ns - seq.arrival_ns
         seq.last_token_ns = now
         if seq.max_tokens == 0:  # only the prompt was wanted, in the cache
             self._remove(seq)
@@ -262,7 +263,7 @@ class Scheduler:
         if result.token_id in seq.params.stop_ids:
             return Output(seq.request_id, [], finish=ended)
         logprobs = [] if result.logprob is None else [result.logprob]
-        return Output(seq.request_id, [result.token_id], logprobs, ended)
+        return Output(seq.request_id, [result.token_id], logprobs, ended, queue_ns=queued)
 
     def _fail(self, seq: Sequence, error: str, now: int) -> Output | Embedding:
         if seq.pooling is None:

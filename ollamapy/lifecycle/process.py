@@ -15,9 +15,22 @@ import msgspec
 import psutil
 
 from ollamapy.engine import protocol
-from ollamapy.engine.protocol import Embedding, EngineInfo, Event, Loading, Output, Plan, Ready, SamplingParams, Stats
+from ollamapy.engine.protocol import (
+    NOBODY,
+    Caller,
+    Embedding,
+    EngineInfo,
+    Event,
+    Loading,
+    Output,
+    Plan,
+    Ready,
+    SamplingParams,
+    Stats,
+)
 from ollamapy.errors import BadRequest, EngineError, NotFound, NotSupported, OllamapyError
 from ollamapy.lifecycle import hang, spawner
+from ollamapy.lifecycle.inbox import Inbox
 from ollamapy.lifecycle.wire import encode, events
 
 log = logging.getLogger(__name__)
@@ -27,47 +40,6 @@ MAX_BEHIND = 1 << 17  # tokens and logprob entries (about 8 MB) that a reader ma
 CLOSE_GRACE = 2.0  # seconds from Shutdown to SIGKILL
 T = TypeVar("T")
 _STATUS: dict[int, type[OllamapyError]] = {400: BadRequest, 404: NotFound, 501: NotSupported}
-
-
-class _Request:
-    """What one generation has produced and its reader has not yet taken. Outputs that wait are taken as one."""
-
-    def __init__(self) -> None:
-        self.pending: list[Output] = []
-        self.behind = 0
-        self.error: OllamapyError | None = None
-        self.news = asyncio.Event()
-
-    def put(self, output: Output) -> None:
-        self.pending.append(output)
-        self.behind += len(output.token_ids) + sum(
-            1 + len(entry.top) for entries in (output.logprobs, output.prompt_logprobs) for entry in entries
-        )
-        self.news.set()
-
-    def fail(self, error: OllamapyError) -> None:
-        self.error = error
-        self.news.set()
-
-    async def take(self) -> Output:
-        """Everything that waits, as one Output. Raises the error once what came before it has been taken."""
-        await self.news.wait()
-        self.news.clear()
-        outputs, self.pending, self.behind = self.pending, [], 0
-        if self.error is not None:
-            self.news.set()
-        if not outputs:
-            assert self.error is not None
-            raise self.error
-        if len(outputs) == 1:
-            return outputs[0]
-        return Output(
-            outputs[0].request_id,
-            [token for output in outputs for token in output.token_ids],
-            [entry for output in outputs for entry in output.logprobs],
-            outputs[-1].finish,
-            [entry for output in outputs for entry in output.prompt_logprobs],
-        )
 
 
 class EngineProcess(asyncio.Protocol):
@@ -84,7 +56,7 @@ class EngineProcess(asyncio.Protocol):
         self._ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self._frames = events()
         self._ids = itertools.count(1)
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Inbox] = {}
         self._embeds: dict[int, asyncio.Future[Embedding]] = {}
         self._stats: deque[asyncio.Future[Stats]] = deque()
         self._failure: tuple[type[OllamapyError], str] | None = None
@@ -137,7 +109,12 @@ class EngineProcess(asyncio.Protocol):
     def num_requests(self) -> int:
         return len(self._requests) + len(self._embeds)
 
-    async def generate(self, token_ids: list[int], params: SamplingParams) -> AsyncIterator[Output]:
+    @property
+    def num_waiting(self) -> int:
+        """Generations of which nothing has come yet."""
+        return sum(request.waits for request in self._requests.values())
+
+    async def generate(self, token_ids: list[int], params: SamplingParams, caller: Caller = NOBODY) -> AsyncIterator[Output]:
         """Outputs as they come, the last with `finish`; a reader that is behind gets several as one.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request at once. Raises EngineError and,
@@ -145,8 +122,8 @@ class EngineProcess(asyncio.Protocol):
         """
         self._check()
         request_id = next(self._ids)
-        request = self._requests[request_id] = _Request()
-        self._send(protocol.Generate(request_id, token_ids, params))
+        request = self._requests[request_id] = Inbox()
+        self._send(protocol.Generate(request_id, token_ids, params, caller))
         finished = False
         try:
             while not finished:
@@ -159,13 +136,13 @@ class EngineProcess(asyncio.Protocol):
             if self._requests.pop(request_id, None) is not None and not finished:
                 self._abort(request_id)
 
-    async def embed(self, token_ids: list[int]) -> Embedding:
+    async def embed(self, token_ids: list[int], caller: Caller = NOBODY) -> Embedding:
         """The pooled hidden state: `.vector` is little-endian float32, not normalised. Cancelling it aborts."""
         self._check()
         request_id = next(self._ids)
         future: asyncio.Future[Embedding] = asyncio.get_running_loop().create_future()
         self._embeds[request_id] = future
-        self._send(protocol.Embed(request_id, token_ids))
+        self._send(protocol.Embed(request_id, token_ids, caller))
         try:
             embedding = await future
         except asyncio.CancelledError:

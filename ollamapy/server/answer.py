@@ -38,6 +38,7 @@ class End(NamedTuple):
     decode_ns: int
     drafted_tokens: int = 0  # guessed ahead, and those of them that came true
     accepted_tokens: int = 0
+    context_shifts: int = 0
 
 
 class Piece(NamedTuple):
@@ -124,14 +125,16 @@ async def answer(
     text = _Text(tokenizer, stops)
     record = current()
     record.prompt_tokens, record.finish = len(token_ids), "abort"  # until it is known how it ended
+    record.queue_position = engine.num_waiting
     start = first = last = time.monotonic_ns()
     finish: Finish | None = None
     told: list[Logprob] = []  # of the prompt's tokens
-    outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params))
+    outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params, record.caller))
     async with aclosing(outputs), record.failing():
         async for output in outputs:
             last = time.monotonic_ns()
             first = last if not text.token_ids else first
+            record.queue_ns = output.queue_ns or record.queue_ns
             record.took(len(output.token_ids), last)
             told += [text.logprob(entry) for entry in output.prompt_logprobs]
             if told and (output.token_ids or output.finish is not None):
@@ -164,7 +167,8 @@ def _end(text: _Text, finish: Finish | None, prompt_ns: int, decode_ns: int) -> 
     if text.ended or finish is None:
         return End(text.ended or "stop", text.token_ids, text.count, prompt_ns, decode_ns)
     times = finish.prompt_ns, finish.decode_ns
-    return End(finish.reason, text.token_ids, finish.completion_tokens, *times, finish.drafted_tokens, finish.accepted_tokens)
+    guesses = finish.drafted_tokens, finish.accepted_tokens
+    return End(finish.reason, text.token_ids, finish.completion_tokens, *times, *guesses, finish.num_shifts)
 
 
 class _Text:

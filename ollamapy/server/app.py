@@ -19,7 +19,7 @@ from starlette.routing import Route
 from ollamapy import __version__
 from ollamapy.api.address import Address
 from ollamapy.env import Settings
-from ollamapy.errors import NotSupported, OllamapyError
+from ollamapy.errors import NotSupported, OllamapyError, ServerBusy
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.server import compat, inference, library, metrics, tracing
 from ollamapy.server.catalog import Services
@@ -125,6 +125,8 @@ def create_app(
 
     async def failed(request: Request, error: Exception) -> Response:
         assert isinstance(error, OllamapyError)
+        if isinstance(error, ServerBusy) and error.limit:
+            totals.refused[current().model, error.limit] += 1
         if error.status >= 500 and not isinstance(error, NotSupported):
             log.error("%s %s: %s", request.method, request.url.path, error)
         return error_response(request.url.path, error)

@@ -13,6 +13,7 @@ from ollamapy.api.decode import lifetime
 from ollamapy.api.types import EmbedRequest, EmbedResponse
 from ollamapy.errors import BadRequest, EngineError, NotFound, NotSupported
 from ollamapy.lifecycle.resident import LoadedModel
+from ollamapy.server.caller import with_tier
 from ollamapy.server.catalog import Services
 from ollamapy.server.record import current
 from ollamapy.store.library import LocalModel
@@ -28,6 +29,8 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
     Raises BadRequest for inputs of the wrong type or length, EngineError for a vector that is not finite.
     """
     arrival = time.monotonic_ns()
+    record = current()
+    record.caller = with_tier(record.caller, request.service_tier)
     texts = _texts(request.input)
     if request.dimensions < 0:
         raise BadRequest("dimensions must not be negative")
@@ -41,7 +44,7 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
         raise NotSupported(f"cloud models are not supported: {request.model}")
     options, notes = option_table.merge(model.params, request.options)
     warnings += notes
-    async with services.residents.use(model, options, lifetime(request.keep_alive)) as loaded:
+    async with services.residents.use(model, options, lifetime(request.keep_alive), record.caller.client) as loaded:
         load_ns = time.monotonic_ns() - arrival
         limit = min(options.num_ctx or loaded.context_length, loaded.context_length)
         encoded = await _encode_all(texts, loaded.tokenizer)
@@ -49,7 +52,6 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
         encoded = [_cut(ids, loaded.tokenizer, limit, request.truncate) for ids in encoded]
         vectors = await _run(loaded, encoded)
     num_tokens = sum(map(len, encoded))
-    record = current()
     record.prompt_tokens = num_tokens
     record.generated("stop", None)
     if num_tokens < total:
@@ -106,7 +108,7 @@ async def _run(loaded: LoadedModel[LocalModel], encoded: list[list[int]]) -> lis
     """All together; the first failure ends the others."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(loaded.engine.embed(ids)) for ids in encoded]
+            tasks = [group.create_task(loaded.engine.embed(ids, current().caller)) for ids in encoded]
     except* Exception as failures:
         first: BaseException = failures
         while isinstance(first, BaseExceptionGroup):

@@ -40,6 +40,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Figures], int]], ...] = (
     ("vllm:generation_tokens", "Tokens generated", lambda f: f.generation_tokens),
     ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache", lambda f: f.cache_queries),
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda f: f.cache_hits),
+    ("ollamapy_context_shifts", "Times that a full context lost its older half", lambda f: f.context_shifts),
+    ("ollamapy_prompt_tokens_cut", "Tokens of prompts that were too long and were cut", lambda f: f.cut_tokens),
     ("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead and verified", lambda f: f.draft_tokens),
     ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that came true", lambda f: f.accepted_tokens),
 )
@@ -128,6 +130,14 @@ class Metrics:
         answers = CounterMetricFamily("ollamapy_http_requests", "Answers by API and status", labels=["dialect", "status"])
         for (dialect, status), count in self._totals.answers.items():
             answers.add_metric([dialect, str(status)], count)
+        refused = CounterMetricFamily(
+            "ollamapy_requests_refused",
+            "Requests refused as too many waited",
+            labels=["model_name", "limit"],
+        )
+        for (model, limit), count in self._totals.refused.items():
+            refused.add_metric([model, limit], count)
+        yield refused
         version = GaugeMetricFamily("ollamapy_build", "1, with the version", labels=["version"])
         version.add_metric([__version__], 1)
         yield from (preemptions, size, resident, answers, version)

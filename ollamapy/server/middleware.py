@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ollamapy.api.address import Address
 from ollamapy.errors import OllamapyError
+from ollamapy.server.caller import TIER_HEADER, caller_of
 from ollamapy.server.record import Record, Totals, current, enter
 from ollamapy.server.stream import WARNING_HEADER, error_response
 from ollamapy.server.tracing import Tracing
@@ -26,6 +27,8 @@ from ollamapy.server.tracing import Tracing
 log = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER = "X-Request-Id"
+QUEUE_POSITION_HEADER, QUEUE_TIME_HEADER = "X-Queue-Position", "X-Queue-Time-Ms"
+_EXPOSED = ", ".join((WARNING_HEADER, REQUEST_ID_HEADER, QUEUE_POSITION_HEADER, QUEUE_TIME_HEADER, "Retry-After"))
 MAX_HEADER_BYTES = 64 << 10
 MAX_HEADERS = 100
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "0.0.0.0")
@@ -33,7 +36,7 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "0.0.0.0")
 _APP_ORIGINS = ("app://*", "tauri://*", "vscode-webview://*", "vscode-file://*")
 _STAINLESS = "arch async custom-poll-interval helper-method lang os package-version poll-helper retry-count runtime "
 _STAINLESS += "runtime-version timeout"
-_ALLOWED_HEADERS = ["Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "OpenAI-Beta"]
+_ALLOWED_HEADERS = ["Authorization", "Content-Type", "User-Agent", "Accept", "X-Requested-With", "OpenAI-Beta", TIER_HEADER]
 _ALLOWED_HEADERS += [f"x-stainless-{name}" for name in _STAINLESS.split()]
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS",
@@ -122,12 +125,17 @@ class Recorded:
             return
         client = scope.get("client")
         record = Record(self._totals, scope["method"], scope["path"], f"{client[0]}:{client[1]}" if client else "")
+        record.caller = caller_of(Headers(scope=scope), client[0] if client else "")
         enter(record)
 
         def sending(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = record.id
+                if record.queue_position >= 0:
+                    headers[QUEUE_POSITION_HEADER] = str(record.queue_position)
+                    headers[QUEUE_TIME_HEADER] = f"{record.queue_ns / 1e6:.1f}"
             return send(message)
 
         try:
@@ -189,7 +197,7 @@ def _is_json(content_type: str) -> bool:
 
 def _cors(origin: str, any: bool) -> dict[str, str]:
     allowed = {"Access-Control-Allow-Origin": "*"} if any else {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-    return {**allowed, "Access-Control-Expose-Headers": f"{WARNING_HEADER}, {REQUEST_ID_HEADER}"}
+    return {**allowed, "Access-Control-Expose-Headers": _EXPOSED}
 
 
 def _preflight(headers: Headers, cors: dict[str, str]) -> dict[str, str]:

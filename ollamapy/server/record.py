@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from ollamapy.engine.protocol import Finish
+from ollamapy.engine.protocol import NOBODY, Caller, Finish
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Figures:
     def __init__(self) -> None:
         self.prompt_tokens = self.generation_tokens = self.cache_queries = self.cache_hits = 0
         self.draft_tokens = self.accepted_tokens = 0
+        self.context_shifts = self.cut_tokens = 0
         self.finished: Counter[str] = Counter()
         self.time_to_first_token, self.inter_token = Histogram(FAST), Histogram(FAST)
         self.end_to_end, self.queue = Histogram(SLOW), Histogram(SLOW)
@@ -61,6 +62,7 @@ class Totals:
     def __init__(self) -> None:
         self.models: dict[str, Figures] = {}
         self.answers: Counter[tuple[str, int]] = Counter()
+        self.refused: Counter[tuple[str, str]] = Counter()  # by model and whose limit it was
 
     def of(self, model: str) -> Figures:
         return self.models.setdefault(model, Figures())
@@ -74,6 +76,7 @@ class Record:
     method: str = ""
     path: str = ""
     client: str = ""
+    caller: Caller = NOBODY
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
     start: int = field(default_factory=time.monotonic_ns)
     status: int = 0
@@ -84,7 +87,10 @@ class Record:
     completion_tokens: int = 0
     draft_tokens: int = 0  # guessed ahead, and those of them that came true
     accepted_tokens: int = 0
+    queue_position: int = -1  # how many waited when it came; -1 where there was no queue
     queue_ns: int = 0
+    context_shifts: int = 0
+    cut_tokens: int = 0  # of a prompt that was too long
     prompt_ns: int = 0
     decode_ns: int = 0
     last: int = 0  # when the latest token came
@@ -118,6 +124,7 @@ class Record:
         if finish is not None:
             self.cached_tokens, self.queue_ns = finish.cached_tokens, finish.queue_ns
             self.prompt_ns, self.decode_ns = finish.prompt_ns, finish.decode_ns
+            self.context_shifts = finish.num_shifts
             self.draft_tokens, self.accepted_tokens = finish.drafted_tokens, finish.accepted_tokens
 
     @asynccontextmanager
@@ -146,6 +153,8 @@ class Record:
         figures.prompt_tokens += self.prompt_tokens
         figures.cache_queries += self.prompt_tokens
         figures.cache_hits += self.cached_tokens
+        figures.context_shifts += self.context_shifts
+        figures.cut_tokens += self.cut_tokens
         figures.draft_tokens += self.draft_tokens
         figures.accepted_tokens += self.accepted_tokens
         figures.end_to_end.observe(total / 1e9)

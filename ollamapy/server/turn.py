@@ -23,8 +23,10 @@ from ollamapy.engine.protocol import SamplingParams
 from ollamapy.errors import BadRequest, NotSupported
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.server.answer import Piece, answer, first_logprob, sampling
+from ollamapy.server.caller import with_tier
 from ollamapy.server.catalog import Services
 from ollamapy.server.prompt import Prompt, Room
+from ollamapy.server.record import current
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
@@ -75,6 +77,8 @@ def _second(seconds: int) -> str:
 async def run(services: Services, request: Inference, turn: Turn, warnings: list[str]) -> AsyncGenerator[Said]:
     """The answer's pieces. `warnings` is complete when the first one comes."""
     arrival = time.monotonic_ns()
+    record = current()
+    record.caller = with_tier(record.caller, request.service_tier)
     model = await services.open(request.model)
     keep_alive = lifetime(request.keep_alive)
     if turn.empty and keep_alive == 0:
@@ -86,7 +90,7 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
     default = {"speculation": services.settings.speculation}
     options, notes = option_table.merge(default, model.params, request.options)
     warnings += notes
-    async with services.residents.use(model, options, keep_alive) as loaded:
+    async with services.residents.use(model, options, keep_alive, record.caller.client) as loaded:
         load_ns = time.monotonic_ns() - arrival
         if turn.empty:
             yield _said(done_reason="load")
@@ -97,6 +101,7 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         room = _room(options, request, loaded)
         prompt = await _in_thread_if(turn.size > _INLINE_CHARS, turn.prompt, model, chat, think, loaded.tokenizer, room)
         if prompt.num_cut:
+            record.cut_tokens = prompt.num_cut
             warnings.append(f"the prompt was truncated: {prompt.num_cut} of its {prompt.total} tokens were cut")
         if request.debug_render_only:
             yield Said(Piece(), {"done": True, "debug_info": DebugInfo(rendered_template=prompt.text)}, [])
@@ -180,6 +185,7 @@ def _last(piece: Piece, prompt: Prompt, arrival: int, load_ns: int) -> Said:
         "prompt_eval_duration": end.prompt_ns,
         "eval_count": end.eval_count,
         "eval_duration": end.decode_ns,
+        "context_shifts": end.context_shifts,
         "draft_count": end.drafted_tokens,
         "draft_accepted_count": end.accepted_tokens,
         **cut,

@@ -1,0 +1,42 @@
+"""Who asks, and how urgent it is: what the engines' fair share goes by. Keeps no key and no address beyond a request."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+from starlette.datastructures import Headers
+
+from ollamapy.engine.protocol import Caller, ServiceTier
+from ollamapy.errors import BadRequest
+
+TIER_HEADER = "X-Service-Tier"
+_SECRET = secrets.token_bytes(16)
+_TIERS: dict[str, ServiceTier] = {
+    "": "default",
+    "auto": "default",
+    "default": "default",
+    "standard_only": "default",
+    "scale": "default",
+    "priority": "priority",
+    "flex": "flex",
+    "batch": "flex",
+}
+
+
+def caller_of(headers: Headers, address: str) -> Caller:
+    """By API key, of whatever header clients send it in, else by the address that the request comes from; without a port, as a
+    program opens as many connections as it likes. An unknown tier in the header is the default one."""
+    key = headers.get("authorization") or headers.get("x-api-key") or ""
+    client = f"key {hashlib.blake2b(key.encode(), digest_size=8, key=_SECRET).hexdigest()}" if key else address
+    return Caller(client, _TIERS.get(headers.get(TIER_HEADER, "").lower(), "default"))
+
+
+def with_tier(caller: Caller, asked: str) -> Caller:
+    """The tier of a request's body goes before the header's. Raises BadRequest for one that is unknown."""
+    if not asked:
+        return caller
+    tier = _TIERS.get(asked)
+    if tier is None:
+        raise BadRequest(f"invalid service_tier: {asked!r} (must be one of {', '.join(filter(None, _TIERS))})")
+    return Caller(caller.client, tier)
