@@ -54,7 +54,7 @@ NO_TORCH = (
 TORCH_ALLOWED = {"lifecycle/worker.py"}
 
 MAX_FILE_LINES = 300
-FILE_EXEMPT: dict[str, int] = {}
+FILE_EXEMPT: dict[str, int] = {"api/openai.py": 310}
 MAX_FUNCTION_LINES = 60
 FUNCTION_EXEMPT: dict[str, int] = {}
 MAX_PARAMETERS = 8

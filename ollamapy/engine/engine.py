@@ -182,13 +182,7 @@ class Engine:
     # --- arrival ----------------------------------------------------------------------------------------------
 
     def _begin(
-        self,
-        request_id: int,
-        token_ids: list[int],
-        params: SamplingParams,
-        seed: int,
-        pooling: Pooling | None,
-        caller: Caller,
+        self, request_id: int, token_ids: list[int], params: SamplingParams, seed: int, pooling: Pooling | None, caller: Caller
     ) -> None:
         if request_id in self.scheduler.sequences or request_id in self._compiling:
             raise EngineError(f"request {request_id} is in use")
