@@ -21,7 +21,6 @@ from ollamapy.engine.speculation_cost import Track
 from ollamapy.errors import ContextOverflow
 
 Pooling = Literal["mean", "cls", "last"]
-FINITE = tuple(field.name for field in msgspec.structs.fields(SamplingParams) if isinstance(field.default, float))
 MAX_CONTEXTS = 10  # generated tokens, in context lengths, of a request that sets no limit
 FINITE = tuple(field.name for field in msgspec.structs.fields(SamplingParams) if isinstance(field.default, float))
 
