@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +109,22 @@ def find_compiler(wanted: str = "") -> str:
     raise BuildError(f"no C++ compiler found ({wanted or 'g++, c++ or clang++'})")
 
 
+def cpu_files(sources: Path) -> list[Path]:
+    """The C++ files of csrc/. What is below cuda/ makes a library of its own (`_build_cuda`)."""
+    files = (path for path in sources.rglob("*") if path.suffix in (".cpp", ".h"))
+    return sorted(path for path in files if path.relative_to(sources).parts[0] != "cuda")
+
+
 def source_hash(sources: Path) -> str:
     """Names the library that these sources and flags make. Not of torch's version: the ABI is stable."""
-    digest = hashlib.sha256(repr((COMMON, LINK, isas(), platform.machine())).encode())
-    for path in sorted(sources.rglob("*")):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes())
+    return hash_of(sources, cpu_files(sources), repr((COMMON, LINK, isas(), platform.machine())))
+
+
+def hash_of(sources: Path, files: Sequence[Path], facts: str) -> str:
+    """Sixteen digits that stand for `files` below `sources`, and for what else a library depends on."""
+    digest = hashlib.sha256(facts.encode())
+    for path in files:
+        digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -133,7 +143,7 @@ def compile_commands(sources: Path, torch: Path, cxx: str, chosen: tuple[str, ..
         f"-DOLLAMAPY_ISAS(X)={' '.join(f'X({isa})' for isa in chosen)}",
     ]
     per_isa = sources / "cpu" / "isa"
-    for path in sorted(sources.rglob("*.cpp")):
+    for path in (file for file in cpu_files(sources) if file.suffix == ".cpp"):
         name = path.relative_to(sources).as_posix().replace("/", "_").removesuffix(".cpp")
         if path.parent != per_isa:
             commands[f"{name}.o"] = [cxx, *COMMON, *once, "-c", str(path)]
@@ -153,14 +163,24 @@ def build(
 
     `extra` flags go to the compiler and the linker. Raises BuildError.
     """
+    objects = compile_all(folder, commands, jobs, extra)
+    cxx = next(iter(commands.values()))[0]
+    link(target, [cxx, *objects, f"-L{torch / 'lib'}", *LINK, *extra])
+
+
+def compile_all(folder: Path, commands: Mapping[str, Sequence[str]], jobs: int = 0, extra: Sequence[str] = ()) -> list[str]:
+    """Runs the commands of `compile_commands`, several at a time: the objects' paths."""
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
         list(pool.map(lambda name: _run([*commands[name], *extra, "-o", str(folder / name)]), commands))
+    return [str(folder / name) for name in commands]
+
+
+def link(target: Path, command: Sequence[str]) -> None:
+    """Runs a linker's command, with the output, which replaces `target` once it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
-    objects = [str(folder / name) for name in commands]
-    cxx = next(iter(commands.values()))[0]
-    _run([cxx, *objects, f"-L{torch / 'lib'}", *LINK, *extra, "-o", str(partial)])
+    _run([*command, "-o", str(partial)])
     os.replace(partial, target)
 
 
@@ -174,17 +194,26 @@ def _run(command: list[str]) -> None:
 
 
 def cached(cache: Path, sources: Path, torch: Path, cxx: str, isa: str = "") -> Path:
-    """The library of these sources for this CPU in `cache`, built now (10 to 20 s on two cores) when it is not there.
+    """The library of these sources for this CPU in `cache`, built now (10 to 20 s on two cores) when it is not there."""
+    chosen = isas_for_here(isa)
+    folder = cache / f"{source_hash(sources)}-{chosen[0]}"
+
+    def make(compiler: str) -> None:
+        build(folder / LIBRARY, folder / "objects", compile_commands(sources, torch, compiler, chosen), torch)
+
+    return built_once(folder / LIBRARY, lambda: find_compiler(cxx), make)
+
+
+def built_once(library: Path, find: Callable[[], str], make: Callable[[str], None]) -> Path:
+    """`library`, which `make` builds with the compiler that `find` finds, when it is not there.
 
     A file lock keeps processes from building it twice. A failure is remembered for as long as the compiler stays the same:
     every start of an engine would otherwise pay for it again.
     """
-    chosen = isas_for_here(isa)
-    folder = cache / f"{source_hash(sources)}-{chosen[0]}"
-    library, failure = folder / LIBRARY, folder / "failed"
+    folder, failure = library.parent, library.parent / "failed"
     if library.exists():
         return library
-    compiler = find_compiler(cxx)
+    compiler = find()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -194,7 +223,7 @@ def cached(cache: Path, sources: Path, torch: Path, cxx: str, isa: str = "") -> 
         if failure.exists() and failure.read_text().startswith(identity):
             raise BuildError(f"the compiler failed before; see {failure}, remove it to try again")
         try:
-            build(library, folder / "objects", compile_commands(sources, torch, compiler, chosen), torch)
+            make(compiler)
         except BuildError as problem:
             failure.write_text(identity + str(problem))
             raise

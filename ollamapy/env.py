@@ -110,6 +110,7 @@ class Settings:
     cpu_isa: str = _variable("OLLAMAPY_CPU_ISA", str, "", "Force an instruction set: base, avx2, avx512vnni, avx512bf16")
     no_extension: bool = _variable("OLLAMAPY_NO_EXTENSION", _boolean, False, "Do not load or build the C++ extension")
     cxx: str = _variable("CXX", str, "", "")
+    cuda_home: str = _variable("CUDA_HOME", str, "", "")
     cache_home: Path = _variable("XDG_CACHE_HOME", Path, Path(), "")  # noqa: RUF009
     home: Path = _variable("HOME", Path, Path(), "")  # noqa: RUF009
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import ollamapy.triton_kernels as triton_kernels
-from ollamapy import cpu_kernels, cpu_sampling, extension, reference
+from ollamapy import cpu_kernels, cpu_sampling, cuda_extension, cuda_kernels, extension, reference
 from ollamapy.gguf.types import TYPES
 from ollamapy.kernel import Kernel, Place
 from ollamapy.quant.dequant import DEQUANT
@@ -51,6 +51,16 @@ def _packable(place: Place) -> str:
     return _on_cpu(place) or _decodable(place)
 
 
+def _on_cuda(place: Place) -> str:
+    if place.device.type != "cuda" or torch.version.hip is not None:
+        return "CUDA kernels are for NVIDIA's GPUs"
+    return "" if cuda_extension.load() is not None else f"the CUDA library is {cuda_extension.status()}"
+
+
+def _cuda_multiplies(place: Place) -> str:
+    return _on_cuda(place) or (cuda_kernels.objection(place.type) if place.type is not None else "")
+
+
 def _late(op: str, table: dict[str, str]) -> Callable[..., Any]:
     """A function of `triton_kernels`, imported when it is first called."""
     found = cache(lambda: triton_kernels.load(op, table))
@@ -71,6 +81,16 @@ def _csrc(
     precise: bool | None = None,
 ) -> Kernel:
     return Kernel(op, "csrc", fn, needs, prepare, rows, ("cpu",), precise)
+
+
+def _cuda(
+    op: str,
+    fn: Callable[..., Any],
+    needs: Callable[[Place], str],
+    prepare: Callable[[QuantTensor, torch.device], Any] | None = None,
+) -> Kernel:
+    rows = _triton("embedding") if op == "linear" else None  # its planes are Triton's
+    return Kernel(op, "csrc", fn, needs, prepare, rows, ("cuda",), precise=False)
 
 
 def _triton(op: str) -> Kernel:
@@ -96,6 +116,8 @@ TABLE: tuple[Kernel, ...] = (
     _csrc("largest", cpu_sampling.largest),
     _csrc("log_totals", cpu_sampling.log_totals),
     _csrc("draw", cpu_sampling.draw),
+    _cuda("linear", cuda_kernels.linear, _cuda_multiplies, cuda_kernels.prepare_linear),
+    _cuda("stack", cuda_kernels.stack, _on_cuda),
     *map(_triton, triton_kernels.OPS),
     Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
     Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),

@@ -30,11 +30,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": LEAVES,
     "extension": LEAVES | {"_build"},
     "_build": set(),
+    "_build_cuda": {"_build"},
+    "cuda_extension": LEAVES | {"_build", "_build_cuda"},
+    "cuda_kernels": LEAVES | {"quant", "engine", "cuda_extension", "cpu_kernels", "reference", "triton_kernels"},
     "reference": LEAVES | {"quant", "engine"},
     "cpu_kernels": LEAVES | {"quant", "engine", "extension", "reference"},
     "kernel": LEAVES | {"quant"},
     "cpu_sampling": LEAVES | {"engine", "extension", "reference"},
-    "kernel_table": LEAVES | {"quant", "kernel", "reference", "cpu_kernels", "cpu_sampling", "extension", "triton_kernels"},
+    "kernel_table": LEAVES
+    | {"quant", "kernel", "reference", "cpu_kernels", "cpu_sampling", "extension"}
+    | {"cuda_kernels", "cuda_extension", "triton_kernels"},
     "ops": LEAVES | {"quant", "kernel", "kernel_table", "reference", "cpu_kernels", "engine"},
     "layers": LEAVES | {"ops", "quant", "models", "engine"},
     "models": LEAVES | {"layers", "ops", "quant", "engine"},
@@ -108,9 +113,9 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(), ids=name)
 def test_only_ops_imports_kernels(path: Path) -> None:
-    modules = ("ollamapy.triton_kernels", "ollamapy.cpu_kernels", "ollamapy.cpu_sampling")
+    modules = ("ollamapy.triton_kernels", "ollamapy.cpu_kernels", "ollamapy.cpu_sampling", "ollamapy.cuda_kernels")
     kernels = [t for t in imported(path) if t.startswith(modules)]
-    assert not kernels or name(path) in ("ops.py", "kernel_table.py")
+    assert not kernels or name(path) in ("ops.py", "kernel_table.py", "cuda_kernels.py")
 
 
 def test_daemon_and_cli_import_no_torch() -> None:

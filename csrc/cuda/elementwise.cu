@@ -1,0 +1,97 @@
+// What stands between two matmuls: residual sum, RMSNorm, gated activation, and activations to int8. One pass each.
+#include "quantize.cuh"
+
+namespace ollamapy::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float activate(float x, int gelu) {
+  if (!gelu) return x * sigmoid(x);
+  const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  return 0.5f * x * (1.0f + tanhf(inner));
+}
+
+__device__ __forceinline__ float4 load4(const void* from, int64_t at, Type type) {
+  if (type == Type::kFloat) return *reinterpret_cast<const float4*>(static_cast<const float*>(from) + at);
+  return make_float4(ptx::load_float(from, at, type), ptx::load_float(from, at + 1, type), ptx::load_float(from, at + 2, type),
+                     ptx::load_float(from, at + 3, type));
+}
+
+// One block for kThreads * 4 values of a token. Without `up`: the values of gate themselves.
+__global__ void __launch_bounds__(kThreads) gated_kernel(const GatedArgs args) {
+  const int token = blockIdx.y, i = (blockIdx.x * kThreads + threadIdx.x) * 4;
+  const bool live = i < args.width;
+  float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (live) {
+    v = load4(args.gate, token * args.stride + i, args.type);
+    if (args.up) {
+      const float4 up = load4(args.up, token * args.stride + i, args.type);
+      v = make_float4(activate(v.x, args.gelu) * up.x, activate(v.y, args.gelu) * up.y, activate(v.z, args.gelu) * up.z,
+                      activate(v.w, args.gelu) * up.w);
+    }
+  }
+  quantize_group(v, args.q, args.meta, i / 32, token, args.tokens, live);
+}
+
+// The sum of all threads, in one order.
+__device__ __forceinline__ float sum_of_block(float value) {
+  __shared__ float parts[kThreads / 32];
+#pragma unroll
+  for (int width = 16; width; width /= 2) value += __shfl_xor_sync(~0u, value, width);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; i++) value += parts[i];
+  return value;
+}
+
+// One block a token: x += delta; out = x / sqrt(mean(x^2) + eps) * weight, as floats, as int8, or both.
+__global__ void __launch_bounds__(kThreads) norm_kernel(const NormArgs args) {
+  const int token = blockIdx.x;
+  float* x = args.x + int64_t(token) * args.width;
+  const float* delta = args.delta ? args.delta + int64_t(token) * args.width : nullptr;
+  float squares = 0.0f;
+  for (int i = threadIdx.x * 4; i < args.width; i += kThreads * 4) {
+    float4 v = *reinterpret_cast<const float4*>(x + i);
+    if (delta) {
+      const float4 d = *reinterpret_cast<const float4*>(delta + i);
+      v = make_float4(v.x + d.x, v.y + d.y, v.z + d.z, v.w + d.w);
+      *reinterpret_cast<float4*>(x + i) = v;
+    }
+    squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+  }
+  const float scale = 1.0f / sqrtf(sum_of_block(squares) / float(args.width) + args.eps);
+  // Whole warps take part in the quantization of a group: the loop ends for all threads at once.
+  for (int first = 0; first < args.width; first += kThreads * 4) {
+    const int i = first + threadIdx.x * 4;
+    const bool live = i < args.width;
+    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (live) {
+      v = *reinterpret_cast<const float4*>(x + i);  // what this very thread has written
+      const float4 w = *reinterpret_cast<const float4*>(args.weight + i);
+      v = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
+      if (args.out) *reinterpret_cast<float4*>(args.out + int64_t(token) * args.width + i) = v;
+    }
+    if (args.q) quantize_group(v, args.q, args.meta, i / 32, token, args.tokens, live);
+  }
+}
+
+}  // namespace
+}  // namespace ollamapy::cuda
+
+// width % 4 == 0, and % 32 == 0 where q is wanted. 0, or a CUDA error code.
+extern "C" int ollamapy_norm(const ollamapy::cuda::NormArgs* args, void* stream) {
+  using namespace ollamapy::cuda;
+  CUDA_LAUNCH(norm_kernel, args->tokens, kThreads, 0, stream, *args);
+  return cudaGetLastError();
+}
+
+extern "C" int ollamapy_gated(const ollamapy::cuda::GatedArgs* args, void* stream) {
+  using namespace ollamapy::cuda;
+  const dim3 grid((args->width + kThreads * 4 - 1) / (kThreads * 4), args->tokens);
+  CUDA_LAUNCH(gated_kernel, grid, kThreads, 0, stream, *args);
+  return cudaGetLastError();
+}

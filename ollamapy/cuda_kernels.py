@@ -1,0 +1,133 @@
+"""The CUDA kernels as `ops` wants them: its arguments to those of `torch.ops.ollamapy_cuda` (csrc/cuda/bind.cpp).
+
+Weights are the planes that the Triton kernels read too; activations become int8 per 32 with float32 scales. Dots of a group are
+exact integers, and floats are added over groups in one order (csrc/cuda/forms.cuh), so that a row's products have the same bits
+at any number of rows and whichever of the two kernels makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ollamapy.triton_kernels as triton_kernels
+from ollamapy import cuda_extension
+from ollamapy.cpu_kernels import DecoderLayer
+from ollamapy.gguf.types import GGMLType
+from ollamapy.quant.tensor import QuantTensor
+from ollamapy.reference import Activation
+from ollamapy.triton_kernels.layout import FORMS, GROUP, Planes, pack
+
+MATVEC, MMA = 0, 1  # `Path` of csrc/cuda/args.h
+MATVEC_MOST = 8  # rows that the matvec kernel takes
+MOST_PARTS = 3
+
+
+def kernels() -> Any:
+    """`torch.ops.ollamapy_cuda`. Only for ops whose `needs` has seen that the library is there."""
+    return cuda_extension.load()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Rows:
+    """Activations (n, K) as the matmuls take them: codes (K / 32, n, 32) uint8; scale and sums (K / 32, n, 2) int32."""
+
+    q: Tensor
+    meta: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device) -> Int8Rows:
+        groups = columns // GROUP
+        q = torch.empty(groups, rows, GROUP, dtype=torch.uint8, device=device)
+        return cls(q, torch.empty(groups, rows, 2, dtype=torch.int32, device=device))
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[1]
+
+
+def objection(type: GGMLType) -> str:
+    """Why the matmuls cannot take a type of weight; "" when they can."""
+    return "" if type in FORMS else f"no int8 kernel for {type.name}"
+
+
+def quantize(x: Tensor, up: Tensor | None = None, kind: Activation = "silu") -> Int8Rows:
+    """x (n, K) float32, float16 or bfloat16 to int8; with `up`, act(x) * up. Rows may be parts of longer ones."""
+    made = Int8Rows.empty(x.shape[0], x.shape[1], x.device)
+    kernels().quantize(x, up, kind == "gelu_tanh", made.q, made.meta)
+    return made
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Int8Rows:
+    """x (n, E) float32 += delta, in place; the RMSNorm of the sum as int8."""
+    made = Int8Rows.empty(x.shape[0], x.shape[1], x.device)
+    kernels().norm(x, delta, weight, eps, None, made.q, made.meta)
+    return made
+
+
+def matmul(
+    x: Int8Rows,
+    weights: Sequence[Planes],
+    outs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    add: bool = False,
+    path: int = -1,
+) -> None:
+    """x W^T + bias into each of `outs` (n, N), or onto it: one launch for up to three matrices of one type.
+
+    `path`: MATVEC or MMA; by the number of rows when not given. Either gives the same bits.
+    """
+    device = x.q.device
+    absent = torch.empty(0, device=device)
+    planes = [absent if p is None else p for w in weights for p in (w.low, w.high, w.scales, w.d, w.m)]
+    if path < 0:
+        path = MATVEC if x.rows <= matvec_rows(device) else MMA
+    vectors = [absent if bias is None else bias for bias in biases]
+    kernels().linear(x.q, x.meta, planes, int(weights[0].type), list(outs), vectors, add, path)
+
+
+def matvec_rows(device: torch.device) -> int:
+    """Up to so many rows the matvec kernel is used: dp4a has its issue slots to spare for two rows, not for four."""
+    return 2
+
+
+def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
+    """Packed on the device, a chunk of rows at a time."""
+    return pack(weight.to(device))
+
+
+def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:
+    """(n, K) x (N, K) + (N) -> (n, N) in x's type."""
+    out = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype, device=x.device)
+    if x.shape[0]:
+        matmul(quantize(x), [weight], [out], [bias])
+    return out
+
+
+def project(
+    x: Tensor, weight: Planes, out: Tensor, bias: Tensor | None = None, gate: Activation | None = None, add: bool = False
+) -> Tensor:
+    """As `project` of Triton's linear.py, which serves the weights that the kernels here cannot take: experts, float types."""
+    if weight.type not in FORMS:
+        through: Tensor = triton_kernels.load("project", _LINEAR)(x, weight, out, bias, gate, add)
+        return through
+    rows = quantize(x)
+    if gate is None:
+        matmul(rows, [weight], [out], [bias], add)
+        return out
+    both = torch.empty(rows.rows, weight.rows, dtype=out.dtype, device=out.device)
+    matmul(rows, [weight], [both], [bias])
+    gated: Tensor = triton_kernels.load("gated_activation")(*both.chunk(2, dim=1), gate, out)
+    return gated
+
+
+_LINEAR = {"project": "linear.project"}
+
+
+def stack(layers: Sequence[DecoderLayer]) -> Any:
+    """Triton's `Stack` with the matmuls of this file, or why it cannot take the layers."""
+    return triton_kernels.load("stack")(layers, project)
