@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class RowAdapter(Protocol):
+    """What a layer asks of an adapter; `layers.lora.Adapter` is one."""
+
+    def add(self, layer: Any, x: Tensor, y: Tensor, scale: float, rows: Tensor) -> None: ...
+
+
+class AdapterRows(NamedTuple):
+    """An adapter and the rows of a batch that use it."""
+
+    adapter: RowAdapter
+    scale: float
+    rows: Tensor  # int64
 
 
 @dataclass(slots=True)
@@ -25,6 +40,7 @@ class Batch:
     logit_rows: Tensor  # (num_logits,) int64: rows whose logits (or hidden states) are wanted
     query_lens: list[int]  # host copies of the same facts, so that nothing needs a device sync
     context_lens: list[int]  # == seq_lens
+    adapters: tuple[AdapterRows, ...] = ()  # every row has one, or none has
     others: Sequence[Batch] = ()  # the same tokens with the slots and tables of layer groups 1, 2 ...; these are group 0's
 
     @property

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ollamapy.engine import prompt_logprobs
-from ollamapy.engine.build import build_batch, num_wanted
+from ollamapy.engine.adapters import Adapters, forward
+from ollamapy.engine.batch import RowAdapter
+from ollamapy.engine.build import num_wanted
 from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
-from ollamapy.engine.pooling import pool, pooled_bytes, pooling_of
+from ollamapy.engine.pooling import pooled_result, pooling_of
 from ollamapy.engine.protocol import (
     NOBODY,
     Caller,
@@ -41,7 +43,7 @@ from ollamapy.engine.scheduler import Scheduler
 from ollamapy.engine.sequence import Pooling, Result, Sequence, refusal
 from ollamapy.engine.speculation import Speculation, agreed
 from ollamapy.engine.speculation_draft import DraftModel
-from ollamapy.errors import EngineError
+from ollamapy.errors import EngineError, OllamapyError
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Engine:
         load_ns: int = 0,
         read_vocabulary: Callable[[], Vocabulary] | None = None,
         draft_model: Model | None = None,
+        load_adapter: Callable[[str], RowAdapter] | None = None,
     ) -> None:
         self.model, self.plan = model, plan
         self._kernels, self._load_ns = kernels or {}, load_ns
@@ -72,6 +75,7 @@ class Engine:
         self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
         self.speculation = Speculation(plan, self.draft_model)
         self.grammars = Grammars(read_vocabulary)
+        self.adapters = Adapters(load_adapter)
         self._compiling: dict[int, tuple[Sequence, Future[Grammar]]] = {}  # by request id: not yet the scheduler's
         self._pending: list[Output | Embedding] = []  # ends of requests that no step has told yet
         self._num_steps = 0
@@ -195,6 +199,12 @@ class Engine:
         else:
             now = time.monotonic_ns()
             seq = Sequence(request_id, array("q", token_ids), params, limit, seed, pooling, now, caller)
+            try:
+                seq.adapters = self.adapters.of(params)
+            except (OllamapyError, OSError) as error:
+                ended = Finish("error", len(token_ids), error=str(error), bad_request=True)
+                self._pending.append(Output(request_id, [], finish=ended))
+                return
             if params.grammar:
                 self._compiling[request_id] = seq, self.grammars.start(params.grammar)
             else:
@@ -232,7 +242,7 @@ class Engine:
         return [self._execute(part)[0] for part in schedule.parts()]
 
     def _run(self, schedule: Schedule) -> list[list[Result]]:
-        hidden = self.runner.forward(build_batch(schedule, self.plan.block_size, self.runner.device))
+        hidden = forward(self.runner, schedule, self.plan.block_size)
         results: list[list[Result]] = [[] for _ in schedule.sequences]
         sampled: list[int] = []  # indices of sequences that get a token, one for each row
         sequences: list[Sequence] = []  # as they are at that row
@@ -259,14 +269,11 @@ class Engine:
             for index, result in zip(sampled, self._sample(wanted, sequences), strict=True):
                 results[index].append(result)
         for index, length, states in pooled:  # last: a step that is run again must not have pooled anything yet
-            found = _pool(schedule.sequences[index], length, states)
+            found = pooled_result(schedule.sequences[index], length, states)
             results[index] = [] if found is None else [found]
         for index, error in errors.items():
             results[index] = [Result(error=error)] if error else results[index]
-        return [
-            agreed(seq.draft, found) if len(found) > 1 else found
-            for seq, found in zip(schedule.sequences, results, strict=True)
-        ]
+        return [agreed(seq.draft, found) for seq, found in zip(schedule.sequences, results, strict=True)]
 
     def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> list[Result]:
         """Tokens after the hidden states (n, E). When that fails, row by row, so that only rows at fault do."""
@@ -279,15 +286,6 @@ class Engine:
             if len(sequences) == 1:
                 return [Result(error=_text(error))]
         return [self._sample(hidden[row : row + 1], [seq])[0] for row, seq in enumerate(sequences)]
-
-
-def _pool(seq: Sequence, length: int, rows: Tensor) -> Result | None:
-    try:
-        pool(seq, rows)
-        complete = seq.num_computed + length == len(seq.token_ids)
-        return Result(vector=pooled_bytes(seq)) if complete else None
-    except ValueError as error:
-        return Result(error=str(error))
 
 
 def _text(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ollamapy.engine.sequence import Pooling, Sequence
+from ollamapy.engine.sequence import Pooling, Result, Sequence
 
 
 def pooling_of(pooling_type: str, causal: bool) -> Pooling:
@@ -33,3 +33,13 @@ def pooled_bytes(seq: Sequence) -> bytes:
     if not bool(torch.isfinite(vector).all()):
         raise ValueError("the model's hidden states are not finite")
     return vector.float().cpu().numpy().astype("<f4").tobytes()
+
+
+def pooled_result(seq: Sequence, length: int, rows: Tensor) -> Result | None:
+    """Takes a chunk of `length` tokens; the vector when it was the last."""
+    try:
+        pool(seq, rows)
+        complete = seq.num_computed + length == len(seq.token_ids)
+        return Result(vector=pooled_bytes(seq)) if complete else None
+    except ValueError as error:
+        return Result(error=str(error))

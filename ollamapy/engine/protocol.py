@@ -56,6 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logprobs: int = -1  # -1: none; n >= 0: of the token chosen and of the n likeliest
     prompt_logprobs: int = -1  # the same of the prompt's tokens but the first, which then reuses no prefix
     grammar: str = ""  # what may be generated, in llguidance's JSON form; "": anything
+    adapters: tuple[tuple[str, float], ...] = ()  # LoRA files (GGUF) beside the model's weights, and their scales
     speculation: SpeculationMode = "off"  # where guesses of tokens ahead come from; "auto": whatever pays
     num_draft: int = 0  # most tokens guessed ahead; 0: as many as pay
     cache_salt: str = ""  # cached prefixes are shared among requests with equal salts only

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import msgspec
 from torch import Tensor
 
+from ollamapy.engine.batch import RowAdapter
 from ollamapy.engine.grammar import Grammar
 from ollamapy.engine.protocol import NOBODY, Caller, FinishReason, SamplingParams, TokenLogprob
 from ollamapy.engine.speculation_cost import Track
@@ -83,6 +84,7 @@ class Sequence:
     pooling: Pooling | None = None  # an embedding request: how its hidden states become one vector
     arrival_ns: int = 0
     caller: Caller = NOBODY
+    adapters: tuple[tuple[RowAdapter, float], ...] = ()
     grammar: Grammar | None = None  # moves on with every token generated
     salt: bytes = field(init=False)  # what keys and values depend on beside tokens, and who may share them
     num_prompt_tokens: int = field(init=False)
@@ -120,7 +122,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         params = self.params
-        self.salt = params.cache_salt.encode()
+        self.salt = params.cache_salt.encode() + (repr(params.adapters).encode() if params.adapters else b"")
         self.num_prompt_tokens = len(self.token_ids)
         self.max_tokens = params.max_tokens if params.max_tokens >= 0 else MAX_CONTEXTS * self.context_length
         keep = self.num_prompt_tokens if params.num_keep < 0 else params.num_keep

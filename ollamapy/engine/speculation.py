@@ -126,7 +126,7 @@ def _look_up(seq: Sequence) -> bool:
 
 def agreed(draft: ListLike[int], results: list[Result]) -> list[Result]:
     """The results of a sequence's rows that hold: up to the first that is not what the next row took for granted."""
-    for place, guessed in enumerate(draft[: len(results) - 1]):
+    for place, guessed in enumerate(draft[: max(len(results) - 1, 0)]):
         if results[place].error or results[place].token_id != guessed:
             return results[: place + 1]
     return results

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ollamapy import ops
-from ollamapy.engine.batch import KVCache
+from ollamapy.engine.batch import AdapterRows, KVCache
 from ollamapy.layers.layer import Declared, Layer, Part
 from ollamapy.layers.linear import Linear
 from ollamapy.layers.norm import RMSNorm, identity
@@ -25,6 +25,7 @@ class Step:
     slot_mappings: Sequence[Tensor]
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # cos and sin (n, 1, n_rot)
     temperature: Tensor | None  # (n, 1, 1), for layers with query_temperature
+    adapters: Sequence[AdapterRows] = ()
 
 
 class Sinks(Layer):
@@ -62,7 +63,7 @@ class Attention(Part):
 
     def __call__(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:
         spec = self.spec
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, step.adapters)
         q = self.attn_q_norm(q.view(-1, spec.num_heads, spec.key_length))
         k = self.attn_k_norm(k.view(-1, spec.num_kv_heads, spec.key_length))
         cos, sin = step.rotary[spec.rope]
@@ -78,7 +79,7 @@ class Attention(Part):
             sinks=self.attn_sinks.weight if spec.sinks else None,
             causal=spec.causal,
         )
-        return self.attn_output(seen)
+        return self.attn_output(seen, step.adapters)
 
     def matrices(self) -> dict[str, Linear]:
         """By their part in `ops.DecoderLayer`."""
@@ -86,11 +87,11 @@ class Attention(Part):
             return {"q": self.attn_qkv, "o": self.attn_output}
         return {"q": self.attn_q, "k": self.attn_k, "v": self.attn_v, "o": self.attn_output}
 
-    def _project_each(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attn_q(x), self.attn_k(x), self.attn_v(x)
+    def _project_each(self, x: Tensor, adapters: Sequence[AdapterRows]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn_q(x, adapters), self.attn_k(x, adapters), self.attn_v(x, adapters)
 
-    def _project_fused(self, x: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(self.attn_qkv(x), list(self.widths), dim=1)
+    def _project_fused(self, x: Tensor, adapters: Sequence[AdapterRows]) -> tuple[Tensor, ...]:
+        return torch.split(self.attn_qkv(x, adapters), list(self.widths), dim=1)
 
     def _by_position(self, q: Tensor, step: Step) -> Tensor:
         assert step.temperature is not None

@@ -76,4 +76,4 @@ class DecoderBlock(Module):
 
     def __call__(self, x: Tensor, step: Step, cache: KVCache) -> Tensor:
         x.add_(self.post_attention_norm(self.attention(self.attn_norm(x), step, cache)))
-        return x.add_(self.post_ffw_norm(self.feed_forward(self.ffn_norm(x))))
+        return x.add_(self.post_ffw_norm(self.feed_forward(self.ffn_norm(x), step.adapters)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ollamapy import ops
+from ollamapy.engine.batch import AdapterRows
 from ollamapy.layers.layer import Declared, Layer
 
 
@@ -21,5 +24,8 @@ class Linear(Layer):
             bias=Declared((out_features,), "dense") if bias else None,
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
+        y = ops.linear(x, self.weight, self.bias)
+        for adapter, scale, rows in adapters:
+            adapter.add(self, x, y, scale, rows)
+        return y

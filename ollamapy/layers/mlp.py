@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ollamapy import ops
+from ollamapy.engine.batch import AdapterRows
 from ollamapy.layers.layer import Part
 from ollamapy.layers.linear import Linear
 from ollamapy.layers.spec import FeedForwardSpec
@@ -23,8 +26,9 @@ class GatedMLP(Part):
         """By their part in `ops.DecoderLayer`."""
         return {"gate": self.ffn_gate, "up": self.ffn_up, "down": self.ffn_down}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ffn_down(ops.gated_activation(self.ffn_gate(x), self.ffn_up(x), self.activation))
+    def __call__(self, x: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
+        gate, up = self.ffn_gate(x, adapters), self.ffn_up(x, adapters)
+        return self.ffn_down(ops.gated_activation(gate, up, self.activation), adapters)
 
 
 class FusedGatedMLP(Part):
@@ -39,6 +43,6 @@ class FusedGatedMLP(Part):
         """By their part in `ops.DecoderLayer`."""
         return {"gate": self.ffn_up, "down": self.ffn_down}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.ffn_up(x).chunk(2, dim=-1)
-        return self.ffn_down(ops.gated_activation(gate, up, self.activation))
+    def __call__(self, x: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
+        gate, up = self.ffn_up(x, adapters).chunk(2, dim=-1)
+        return self.ffn_down(ops.gated_activation(gate, up, self.activation), adapters)

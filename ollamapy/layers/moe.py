@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ollamapy import ops
+from ollamapy.engine.batch import AdapterRows
 from ollamapy.layers.layer import Declared, Layer, Part
 from ollamapy.layers.linear import Linear
 from ollamapy.layers.spec import ExpertsSpec, FeedForwardSpec
@@ -46,6 +49,6 @@ class MixtureOfExperts(Part):
             "down": self.ffn_down_exps,
         }
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
         experts = self.ffn_gate_exps.weight, self.ffn_up_exps.weight, self.ffn_down_exps.weight
-        return ops.moe(x, self.ffn_gate_inp(x), experts, self.routing, self.activation)
+        return ops.moe(x, self.ffn_gate_inp(x, adapters), experts, self.routing, self.activation)

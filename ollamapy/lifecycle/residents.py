@@ -16,7 +16,7 @@ from typing import Any
 
 from ollamapy.api.options import Options
 from ollamapy.env import Settings
-from ollamapy.errors import EngineError, NotFound, NotSupported, ServerBusy
+from ollamapy.errors import EngineError, NotFound, ServerBusy
 from ollamapy.lifecycle import placement
 from ollamapy.lifecycle.breaker import Breaker
 from ollamapy.lifecycle.devices import Devices, wait_for_gpu_memory
@@ -67,8 +67,6 @@ class Residents:
         Raises ServerBusy when too many wait, of `client` or of all, NotFound when the weights are gone, and what a load raises.
         """
         start = time.monotonic_ns()
-        if model.adapter_paths:
-            raise NotSupported("adapters (LoRA) are not supported yet")
         key = _key(model)
         self._check_open(key)
         here = self._residents.get(key)

@@ -21,6 +21,7 @@ from ollamapy.gguf.reader import GGUFFile
 from ollamapy.gguf.types import GGMLType
 from ollamapy.lifecycle.devices import physical_cores
 from ollamapy.lifecycle.loop import Loop, Progress
+from ollamapy.models.adapter import load_adapter
 from ollamapy.models.decoder import Decoder
 from ollamapy.models.load import load_model
 from ollamapy.tokenizer import Tokenizer
@@ -45,7 +46,14 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         if differing:
             raise UnsupportedModel(f"the draft model needs other kernels than the model it drafts for: {', '.join(differing)}")
     ops.set_threads(threads)
-    return Engine(model, plan, kernels, read_vocabulary=lambda: read_vocabulary(plan.model_path), draft_model=draft)
+    return Engine(
+        model,
+        plan,
+        kernels,
+        read_vocabulary=lambda: read_vocabulary(plan.model_path),
+        draft_model=draft,
+        load_adapter=lambda path: load_adapter(Path(path), model, torch.device(plan.device)),
+    )
 
 
 _SHARED_OPS = ("attention", "write_kv", "new_cache")  # one choice serves all models of a process

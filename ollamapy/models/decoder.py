@@ -109,7 +109,7 @@ class Decoder(Module):
         x = self.token_embd(ops.pad_rows(batch.token_ids))
         if self.embedding_scale != 1.0:
             x.mul_(self.embedding_scale)
-        if self._stack is not None:
+        if self._stack is not None and not batch.adapters:
             length = max(batch.context_lens, default=1)
             ropes = [table.turns(length) for table in self._rotary.values()]
             self._stack(x, batch, caches, ropes, self._temperature(batch.positions))
@@ -134,7 +134,7 @@ class Decoder(Module):
         temperature = self._temperature(positions)
         rows = None if temperature is None else temperature.view(-1, 1, 1)
         plans = [ops.plan_attention(seen, caches[0]) for seen in batch.groups]
-        return Step(plans, [seen.slot_mapping for seen in batch.groups], rotary, rows)
+        return Step(plans, [seen.slot_mapping for seen in batch.groups], rotary, rows, batch.adapters)
 
     def _temperature(self, positions: Tensor) -> Tensor | None:
         """(n,): what queries are multiplied with by their position, for models that do so."""

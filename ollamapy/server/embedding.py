@@ -42,6 +42,8 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
         raise NotFound(f'model "{request.model}" not found, try pulling it first') from None
     if model.config.remote_host:
         raise NotSupported(f"cloud models are not supported: {request.model}")
+    if model.adapter_paths:
+        raise NotSupported(f"embeddings of a model with adapters are not supported: {request.model}")
     options, notes = option_table.merge(model.params, request.options)
     warnings += notes
     async with services.residents.use(model, options, lifetime(request.keep_alive), record.caller.client) as loaded:

@@ -130,7 +130,9 @@ def _params(
     bias = tuple((int(id), value) for id, value in request.logit_bias.items())
     if beyond := [id for id, _ in bias if id >= loaded.tokenizer.vocab_size]:
         raise BadRequest(f"logit_bias: token {beyond[0]} is not in the vocabulary of {loaded.tokenizer.vocab_size}")
-    return msgspec.structs.replace(params, shift=request.shift, logprobs=logprobs, logit_bias=bias, grammar=grammar)
+    adapters = tuple((str(path), 1.0) for path in loaded.model.adapter_paths)
+    params = msgspec.structs.replace(params, shift=request.shift, logprobs=logprobs, grammar=grammar)
+    return msgspec.structs.replace(params, logit_bias=bias, adapters=adapters)
 
 
 async def _check(services: Services, model: LocalModel, request: Inference, turn: Turn) -> Think:

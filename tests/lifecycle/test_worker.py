@@ -13,7 +13,7 @@ import pytest
 
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.env import Settings
-from ollamapy.errors import BadRequest, EngineError, NotSupported
+from ollamapy.errors import BadRequest, EngineError
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.names import ModelName
 from tests.conftest import golden
@@ -76,8 +76,6 @@ def test_cold_start_answer_crash_and_answer_again(smollm2_path: Path, tmp_path: 
 
 
 async def refusals(residents: Residents, model: FakeModel, tmp_path: Path) -> None:
-    with pytest.raises(NotSupported, match="adapters"):
-        await generate(residents, FakeModel(NAME, "", model.model_path, (tmp_path / "a.gguf",)), [1], 1)
     with pytest.raises(BadRequest, match=r"missing tensors: .*blk\.0"):
         await generate(residents, FakeModel(NAME, "", write_model(tmp_path / "hollow.gguf")), [1], 1)
     async with residents.use(model, {}) as loaded:
