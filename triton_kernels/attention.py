@@ -275,6 +275,9 @@ def attention(
     padded = [max(triton.next_power_of_2(size), 16) for size in (length, value_length)]
     head_bytes = max(padded) * dot.itemsize
     wide = head_bytes > TILE_HEAD_BYTES
+    keys = max(TILE_KEYS * TILE_HEAD_BYTES // head_bytes, 16) if wide else TILE_KEYS
+    if caches.quantized(cache) and head_bytes >= TILE_HEAD_BYTES:
+        keys = max(keys // 2, 16)  # codes and steps are held beside the keys: 8 bytes spilled on sm_80
     out = q.new_zeros(q.shape[0], heads, value_length)
     for launch in plan.for_group(heads // kv_heads):
         tiles, splits = launch.sequence.shape[0], launch.splits
@@ -299,7 +302,7 @@ def attention(
             BLOCK=block,
             TOKENS=launch.tokens,
             ROWS=launch.rows,
-            KEYS=max(TILE_KEYS * TILE_HEAD_BYTES // head_bytes, 16) if wide else TILE_KEYS,
+            KEYS=keys,
             SPLIT=plan.split_keys if splits else 0,
             CAUSAL=causal,
             WINDOW=window > 0,

@@ -52,13 +52,13 @@ def _look_up(code, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.
 @triton.jit
 def _value(code, OFFSET: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr):
     if T1 != 0:  # the second word of a table is never zero
-        return _look_up(code, T0, T1, T2, T3).to(tl.float32)
+        return _look_up(code, T0, T1, T2, T3)
     else:
-        return (code - OFFSET).to(tl.float32)
+        return code - OFFSET
 
 
 @triton.jit
-def halves(
+def codes(
     low,
     high,
     at,
@@ -70,7 +70,7 @@ def halves(
     T2: tl.constexpr,
     T3: tl.constexpr,
 ):
-    """Unscaled values of the groups `at` (R, G): weights 0 to 15 and 16 to 31, two (R, G, 16) float32."""
+    """Unscaled values of the groups `at` (R, G): weights 0 to 15 and 16 to 31, two (R, G, 16) int32 within an int8's range."""
     j = tl.arange(0, 16)[None, None, :]
     if LOW == 8:
         whole = low + at[:, :, None] * 32 + j
@@ -91,6 +91,24 @@ def halves(
         first |= ((tl.load(high + at * 2)[:, :, None] >> (2 * j)) & 3) << LOW
         second |= ((tl.load(high + at * 2 + 1)[:, :, None] >> (2 * j)) & 3) << LOW
     return _value(first, OFFSET, T0, T1, T2, T3), _value(second, OFFSET, T0, T1, T2, T3)
+
+
+@triton.jit
+def halves(
+    low,
+    high,
+    at,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    T0: tl.constexpr,
+    T1: tl.constexpr,
+    T2: tl.constexpr,
+    T3: tl.constexpr,
+):
+    """`codes` as float32."""
+    first, second = codes(low, high, at, LOW, HIGH, OFFSET, T0, T1, T2, T3)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit

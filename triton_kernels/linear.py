@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation
-from ollamapy.triton_kernels import decode, tuning
+from ollamapy.triton_kernels import decode, int8, norm, tuning
 from ollamapy.triton_kernels.activation import gated_activation
 from ollamapy.triton_kernels.embedding import dequantize
 from ollamapy.triton_kernels.layout import GROUP, Planes, pack
@@ -139,13 +139,21 @@ def matmul(
     return out if splits == 1 else _end(parts, out, bias, 0, add)
 
 
+def int8_matmul(x: Tensor, weight: Planes, out: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
+    """Any number of rows on int8 activations: a row's bits do not depend on the other rows."""
+    parts = int8.launch(norm.quantize(x), weight, out, bias, add)
+    return out if parts is out else _end(parts, out, bias, 0, add)
+
+
 def choose_path(rows: int, weight: Planes) -> str:
-    """ "dense" | "matvec" | "tiles" | "layer" for a number of rows of x."""
+    """ "dense" | "matvec" | "int8" | "tiles" | "layer" for a number of rows of x."""
     table = tuning.of(weight.low.device)
     if weight.form is None:
         return "dense"
     if rows <= table.matvec_rows:
         return "matvec"
+    if rows <= table.int8_rows:
+        return "int8"
     return "tiles" if rows < table.dense_rows else "layer"
 
 
@@ -168,6 +176,8 @@ def project(
         joined = project(x, weight, torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device))
         halves = joined.split(out.shape[1], 1)
         return gated_activation(halves[0], halves[1], gate, out)
+    if path == "int8":
+        return int8_matmul(x, weight, out, bias, add)
     if path == "tiles":
         return matmul(x, weight, out, bias, add)
     dense = dequantize(weight, tuning.activations(x.device)) if path == "layer" else weight.low

@@ -59,6 +59,7 @@ def read(name: str) -> Table:
     table = Table(**{**content, **tiles, "matvec": Tile(*content["matvec"])})
     for tile in (table.matvec, *table.tiles, *table.int8_tiles):
         assert all(size & (size - 1) == 0 for size in tile[:4]), f"{name}.json: {tile} has no powers of two"
+    assert len({tile[1:3] for tile in table.int8_tiles}) == 1, f"{name}.json: a row of int8 must not see its batch's size"
     assert table.matvec_rows <= 4 and table.activations in ("bfloat16", "float16"), name
     return table
 

@@ -12,7 +12,7 @@ from ollamapy import reference
 from ollamapy.gguf.types import TYPES as SIZES
 from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
-from ollamapy.triton_kernels import embedding, layout, linear, tuning
+from ollamapy.triton_kernels import embedding, int8, layout, linear, norm, tuning
 from tests.quant.test_dequant import random_blocks
 from tests.triton.data import random_weight
 
@@ -108,7 +108,8 @@ def test_every_tile(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("programs", [1, 264], ids=["whole K", "split K"])
 def test_ends(kind: reference.Activation, rows: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bias, residual stream, and gate with up, in every kernel that can end a product: columns of a wider output, too."""
-    tune(monkeypatch, programs=programs, matvec=tuning.Tile(4, 8, 4, 4, 1))
+    tune(monkeypatch, programs=programs, matvec=tuning.Tile(4, 8, 2, 4, 1), tiles=(tuning.Tile(16, 32, 2, 4, 3),))
+    assert linear.splits_of(3, programs, 16, 2)[0] == (1 if programs == 1 else 2)
     gate, up = (random_weight(GGMLType.Q8_0, 19, 512, seed=seed) for seed in (1, 2))
     x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(0))
     parts = [layout.pack(gate), layout.pack(up)]
@@ -141,6 +142,32 @@ def test_many_rows_are_decoded_once() -> None:
     planes = linear.prepare_linear(weight, CPU)
     assert [linear.choose_path(rows, planes) for rows in (1, 4, 5, 255, 256)] == ["matvec", "matvec", "tiles", "tiles", "layer"]
     check(linear.linear(x, planes), x, weight, 2**-7)
+
+
+@TYPES
+@pytest.mark.parametrize("columns", [256, 1280])
+def test_int8(type: GGMLType, columns: int) -> None:
+    """The exact product of the quantized activations, up to float32 sums over groups; K of a step, and split."""
+    weight = random_weight(type, 37, columns)
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+    codes = norm.quantize(x)
+    values = codes.codes.view(5, -1, 16, 2).transpose(2, 3).flatten(2).float() * codes.steps.unsqueeze(2)
+    got = linear.int8_matmul(x, layout.pack(weight), torch.empty(5, 37))
+    check(got, values.flatten(1), weight, 1e-6)
+    check(got, x, weight, 2**-6)  # half a step of the group's largest: 1 / 254 of it, and all terms may add
+
+
+def test_int8_rows_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits in batches of every tile, with and without the ends of `project`."""
+    tune(monkeypatch, matvec_rows=0, int8_rows=1 << 30, programs=4)
+    planes = layout.pack(random_weight(GGMLType.Q4_K, 70, 1280))
+    assert int8.splits_of(70, 4, 40, tuning.of(CPU).int8_tile(1))[0] == 2
+    x = torch.randn(70, 1280, generator=torch.Generator().manual_seed(0))
+    stream, bias = torch.randn(70, 70), torch.randn(70)
+    whole = linear.project(x, planes, stream.clone(), bias, add=True)
+    for start, stop in ((0, 1), (5, 18), (30, 70), (3, 64)):
+        part = linear.project(x[start:stop].contiguous(), planes, stream[start:stop].clone(), bias, add=True)
+        assert torch.equal(part, whole[start:stop])
 
 
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.IQ2_XXS], ids=lambda t: t.name)

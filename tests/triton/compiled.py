@@ -1,8 +1,9 @@
 """Compiles every kernel as its launcher would launch it, for GPUs that need not be there, and compares what it takes of them.
 
 `python -m tests.triton.compiled` checks the figures against budget.json: registers, shared memory and stack must not grow;
-stack, which is spilled registers, must be zero, and tensor cores must be used where they are meant to be. `--write` records new
-figures, `--all` takes all types and tiles, `--show` prints the table.
+stack, which is spilled registers, must be zero, and tensor cores must be used where they are meant to be. `--quick` takes one
+case of each kernel on two architectures, `--all` adds all types and tiles, `--write` records new figures, `--show` prints the
+table, `--only TEXT` takes the cases whose name has it.
 
 Launchers are called with tensors on the CPU; instead of a launch there is a compilation with the very specialization
 (alignment of pointers, divisibility of sizes) that the launch would have had.
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,7 +33,20 @@ from triton.runtime.jit import JITFunction
 from ollamapy.engine.batch import LayerState
 from ollamapy.gguf.types import GGMLType
 from ollamapy.reference import Routing
-from ollamapy.triton_kernels import activation, attention, cache, embedding, layout, linear, moe, norm, place, tuning
+from ollamapy.triton_kernels import (
+    activation,
+    attention,
+    cache,
+    embedding,
+    layout,
+    linear,
+    moe,
+    norm,
+    place,
+    rope,
+    sampling,
+    tuning,
+)
 from tests.models.paged import make_batch
 from tests.triton.data import random_weight
 
@@ -39,7 +54,9 @@ BUDGET = Path(__file__).with_name("budget.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}
 """Compute capability -> KiB of shared memory that a program can have."""
+QUICK = (90, 120)  # what this project is for, and the one with the least shared memory
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+INT8_CORES = "IMMA"  # products batched by group stay with mma.sync, on every architecture
 
 CPU = torch.device("cpu")
 Case = tuple[Callable[[], object], bool]
@@ -94,51 +111,109 @@ def turn(heads: int = 32, kv_heads: int = 8, length: int = 128, dtype: torch.dty
     return place.place(qkv, heads, angles, torch.arange(4), torch.zeros(4), store, torch.arange(4))
 
 
-def mix() -> object:
+def mix(tokens: int) -> object:
+    """Experts for few or many tokens: a matvec each, or tiles."""
     gate, up, down = (layout.pack(random_weight(GGMLType.MXFP4, 4, 512, 512, seed=seed)) for seed in range(3))
-    return moe.moe(bf16(64, 512), torch.zeros(64, 4), (gate, up, down), Routing(2), "silu")
+    experts = moe.Experts(gate, up, down, layout.join([gate, up]))
+    x = bf16(tokens, 512)
+    return moe.mix(x, torch.zeros(tokens, 4), experts, Routing(2), "silu", torch.zeros(tokens, 512), True)
 
 
-def of_weights(type: GGMLType, rows: list[int]) -> dict[str, Case]:
+def sampled(rows: int = 2, size: int = 128256) -> sampling.Choices:
+    floats, ints = torch.zeros(rows), torch.zeros(rows, dtype=torch.int32)
+    return sampling.Choices(floats, ints, floats, floats, torch.zeros(rows, dtype=torch.int64), ints)
+
+
+def multiply(type: GGMLType, rows: int, **more: Any) -> Callable[[], object]:
     """K = 4096; sixteen rows of W are enough: no kernel is specialized on their number."""
-    cases: dict[str, Case] = {}
-    for count in rows:
-        name = f"linear {type.name} {count} row{'s' if count > 1 else ''}"
-        planes = lambda: layout.pack(random_weight(type, 16, 4096))  # noqa: E731
-        cases[name] = (lambda count=count, planes=planes: linear.linear(bf16(count, 4096), planes())), count >= 64
-    cases[f"dequantize {type.name}"] = (lambda: embedding.dequantize(layout.pack(random_weight(type, 16, 4096)))), False
-    return cases
+
+    def call() -> object:
+        planes = layout.pack(random_weight(type, 32 if "gate" in more else 16, 4096))
+        return linear.project(bf16(rows, 4096), planes, torch.zeros(rows, 16), **more)
+
+    return call
 
 
-def all_cases(every: bool) -> dict[str, Case]:
-    rows = {GGMLType.Q4_K: [1, 4, 64, 128], GGMLType.Q6_K: [1]}
-    cases: dict[str, Case] = {}
-    for type in layout.FORMS:
-        if every or type in rows:
-            cases |= of_weights(type, [1, 2, 3, 4, 16, 32, 64, 128] if every else rows[type])
-    cases |= {
-        "attention decode, split": (attend([1], [3000], 32, 8, 128), False),
-        "attention prefill, 32/8 heads of 128": (attend([200], [300], 32, 8, 128), True),
-        "attention prefill, 8/4 heads of 256, cap": (attend([200], [300], 8, 4, 256, cap=50.0), True),
-        "place, 32/8 heads of 128": (turn, False),
-        "moe MXFP4, 4 experts, 64 rows": (mix, False),
-    }
-    return cases | more_cases() if every else cases
+def multiply_int8(type: GGMLType, rows: int) -> Callable[[], object]:
+    return lambda: linear.int8_matmul(bf16(rows, 4096), layout.pack(random_weight(type, 16, 4096)), torch.zeros(rows, 16))
 
 
-def more_cases() -> dict[str, Case]:
+def decode_all(type: GGMLType) -> Callable[[], object]:
+    return lambda: embedding.dequantize(layout.pack(random_weight(type, 16, 4096)))
+
+
+def quick_cases() -> dict[str, Case]:
+    """One of each kernel."""
     return {
+        "linear Q4_K 1 row onto the stream": (multiply(GGMLType.Q4_K, 1, add=True), False),
+        "gate and up Q4_K 1 row": (multiply(GGMLType.Q4_K, 1, gate="silu"), False),
+        "linear Q4_K 128 rows": (multiply(GGMLType.Q4_K, 128), True),
+        "linear int8 Q4_K 16 rows": (multiply_int8(GGMLType.Q4_K, 16), True),
+        "dequantize Q4_K": (decode_all(GGMLType.Q4_K), False),
+        "attention decode, split": (attend([1], [3000], 32, 8, 128, dtype=torch.float16), False),
+        "attention prefill, 32/8 heads of 128": (attend([200], [300], 32, 8, 128), True),
+        "place, 32/8 heads of 128": (turn, False),
+        "add_norm of 4096": (lambda: norm.add_norm(bf16(2, 4096), bf16(2, 4096), 1e-5, bf16(4096), bf16(4096)), False),
+        "experts MXFP4, 2 tokens": (lambda: mix(2), False),
+        "filters": (lambda: sampling.filtered(torch.zeros(2, 128256), sampled()), False),
+    }
+
+
+def usual_cases() -> dict[str, Case]:
+    """The types and shapes of the models most used."""
+    rows = {GGMLType.Q4_K: [2, 4, 16, 32, 64], GGMLType.Q6_K: [1, 4, 16, 64, 128], GGMLType.Q8_0: [1, 4, 128]}
+    found: dict[str, Case] = {}
+    for type, counts in rows.items():
+        for count in counts:
+            found[f"linear {type.name} {count} row{'s' if count > 1 else ''}"] = multiply(type, count), count >= 64
+    for type in (GGMLType.Q4_K, GGMLType.Q6_K):
+        found[f"linear int8 {type.name} 32 rows"] = multiply_int8(type, 32), True
+    return found | {
+        "dequantize Q6_K": (decode_all(GGMLType.Q6_K), False),
         "attention decode, 32/8 heads of 128": (attend([1], [100], 32, 8, 128), False),
+        "attention decode, q8_0": (attend([1], [3000], 32, 8, 128, dtype=cache.Q8_0), False),
+        "attention decode, fp8": (attend([1], [3000], 32, 8, 128, dtype=torch.float8_e4m3fn), False),
         "attention decode, 4/1 heads of 256, window, cap": (attend([1], [100], 4, 1, 256, window=64, cap=50.0), False),
         "attention prefill, 8/8 heads of 64, window, sinks": (
             attend([200], [300], 8, 8, 64, window=128, sinks=torch.zeros(8)),
             True,
         ),
-        "attention prefill, float32, 8/4 heads of 128": (attend([200], [300], 8, 4, 128, dtype=torch.float32), False),
-        "add_norm of 4096": (lambda: norm.add_norm(bf16(2, 4096), bf16(2, 4096), 1e-5, bf16(4096)), False),
+        "attention prefill, 8/4 heads of 256, cap": (attend([200], [300], 8, 4, 256, cap=50.0), True),
+        "attention prefill, q8_0": (attend([200], [300], 32, 8, 128, dtype=cache.Q8_0), True),
+        "place, q8_0": (lambda: turn(dtype=cache.Q8_0), False),
+        "quantize 4096": (lambda: norm.quantize(bf16(2, 4096), bf16(4096), 1e-5), False),
         "gated_activation": (lambda: activation.gated_activation(bf16(2, 14336), bf16(2, 14336), "silu"), False),
         "softcap": (lambda: activation.softcap(torch.zeros(2, 1024), 30.0), False),
+        "rope": (
+            lambda: rope.rope(bf16(2, 32, 128), bf16(2, 8, 128), torch.zeros(2, 1, 128), torch.zeros(2, 1, 128), False),
+            False,
+        ),
+        "experts MXFP4, 64 tokens": (lambda: mix(64), False),
+        "draws": (lambda: sampling.draw(torch.zeros(2, 128256), sampled()), False),
+        "logprobs": (lambda: sampling.logprobs(torch.zeros(2, 128256), torch.zeros(2, dtype=torch.int32)), False),
     }
+
+
+def every_type() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for type in layout.FORMS:
+        for count in (1, 4, 16, 128):
+            found[f"linear {type.name} {count} row{'s' if count > 1 else ''}"] = multiply(type, count), count >= 64
+        found[f"linear int8 {type.name} 16 rows"] = multiply_int8(type, 16), True
+        found[f"dequantize {type.name}"] = decode_all(type), False
+    return found
+
+
+def all_cases(extent: str) -> dict[str, Case]:
+    """`extent`: quick, usual or all."""
+    found = quick_cases()
+    if extent != "quick":
+        found = usual_cases() | found
+    return every_type() | found if extent == "all" else found
+
+
+def skipped(name: str, architecture: int) -> bool:
+    return "fp8" in name and architecture < 89  # no instruction converts it
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -150,9 +225,9 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     return usage, sass
 
 
-def figures(name: str, architecture: int, every: bool) -> tuple[str, int, dict[str, list[int]], list[str]]:
+def figures(name: str, architecture: int, extent: str) -> tuple[str, int, dict[str, list[int]], list[str]]:
     """Kernel -> [registers, shared, stack] for one case, and what is wrong with them in any case."""
-    call, tensor_cores = all_cases(every)[name]
+    call, tensor_cores = all_cases(extent)[name]
     compiled: list[Any] = []
     driver.set_active(Target(architecture))
     table = tuning.read(tuning.name_for(architecture))
@@ -163,20 +238,28 @@ def figures(name: str, architecture: int, every: bool) -> tuple[str, int, dict[s
         return lambda *args, **kwargs: compiled.append(self.run(*args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.__getitem__ = compile_only
-    call()
-    found, wrong = {}, []
+    torch.empty = torch.zeros  # what a kernel would have written, nobody writes
+    try:
+        call()
+    except Exception as error:  # whatever the compiler raises: the other cases are told too
+        return name, architecture, {}, [f"does not compile: {str(error)[-1500:]}"]
+    found: dict[str, list[int]] = {}
+    wrong: list[str] = []
     for kernel in compiled:
         usage, sass = disassemble(kernel.asm["cubin"])
         match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert match is not None, usage
         registers, stack = map(int, match.groups())
-        found[kernel.name] = [registers, kernel.metadata.shared, stack]
+        before = found.get(kernel.name, [0, 0, 0])  # a kernel may be launched twice, in two forms
+        found[kernel.name] = [max(pair) for pair in zip(before, [registers, kernel.metadata.shared, stack], strict=True)]
         if stack or "STL" in sass:
             wrong.append(f"{kernel.name} spills {stack} bytes")
         if kernel.metadata.shared > ARCHITECTURES[architecture] * 1024:
             wrong.append(f"{kernel.name} wants {kernel.metadata.shared} bytes of shared memory")
-        if tensor_cores and kernel.name in ("matmul_kernel", "attention_kernel") and TENSOR_CORES[architecture] not in sass:
-            wrong.append(f"{kernel.name} has no {TENSOR_CORES[architecture]}")
+        meant = {"matmul_kernel": TENSOR_CORES[architecture], "attention_kernel": TENSOR_CORES[architecture]}
+        meant["int8_kernel"] = INT8_CORES
+        if tensor_cores and meant.get(kernel.name, "") not in sass:
+            wrong.append(f"{kernel.name} has no {meant[kernel.name]}")
     return name, architecture, found, wrong
 
 
@@ -191,30 +274,40 @@ def grown(known: dict[str, Any], name: str, architecture: int, found: dict[str, 
     return problems
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("--write", "--all", "--show"):
-        parser.add_argument(flag, action="store_true")
-    chosen = parser.parse_args()
-    jobs = [(name, architecture, chosen.all) for name in all_cases(chosen.all) for architecture in ARCHITECTURES]
+def compiled_cases(extent: str, only: str) -> list[tuple[str, int, dict[str, list[int]], list[str]]]:
+    architectures = QUICK if extent == "quick" else tuple(ARCHITECTURES)
+    names = [name for name in all_cases(extent) if only in name]
+    jobs = [(name, arch, extent) for name in names for arch in architectures if not skipped(name, arch)]
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        results = list(pool.map(figures, *zip(*jobs, strict=True), chunksize=len(ARCHITECTURES)))
-    known = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        return list(pool.map(figures, *zip(*jobs, strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for flag in ("--write", "--quick", "--all", "--show"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--only", default="")
+    chosen = parser.parse_args()
+    start = time.perf_counter()
+    results = compiled_cases("quick" if chosen.quick else "all" if chosen.all else "usual", chosen.only)
+    known = json.loads(BUDGET.read_text()) if BUDGET.exists() else {"kernels": {}}
     same_compiler = known.get("triton") == triton.__version__  # other versions may need other figures, never spills
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = known["kernels"] if same_compiler else {}
     problems = []
     for name, architecture, found, wrong in results:
-        table.setdefault(name, {})[str(architecture)] = found
-        if same_compiler and not chosen.write and (name in known["kernels"] or not chosen.all):
-            wrong = wrong + grown(known["kernels"], name, architecture, found)
+        if chosen.write:
+            table.setdefault(name, {})[str(architecture)] = found
+        elif same_compiler:
+            wrong = wrong + grown(table, name, architecture, found)
         problems += [f"{name}, sm_{architecture}: {problem}" for problem in wrong]
         if chosen.show:
             print(f"{name:52} sm_{architecture:<4}", *(f"{kernel} {numbers}" for kernel, numbers in found.items()))
     if chosen.write:
-        kernels = dict(sorted({**known.get("kernels", {}), **table}.items()))
-        BUDGET.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
-    print(f"{len(results)} cases compiled")
+        lines = [f" {json.dumps(name)}: {json.dumps(by)}" for name, by in sorted(table.items())]
+        text = f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
+        BUDGET.write_text(text)
+    print(f"{len(results)} cases compiled in {time.perf_counter() - start:.0f} s")
     sys.exit("\n".join(problems) if problems else 0)
 
 
