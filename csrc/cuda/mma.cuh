@@ -152,7 +152,7 @@ __device__ __forceinline__ void reduce_warps(float (&sums)[TILES][COLUMNS][4], f
 
 // grid: x the blocks of rows of every part, one after the other; y the blocks of tokens.
 template <class F, int TILES, int COLUMNS>
-__global__ void __launch_bounds__(kMmaThreads, COLUMNS < 8 ? 2 : 1) mma_kernel(const LinearArgs args) {
+__global__ void __launch_bounds__(kMmaThreads, COLUMNS < (F::kTwo ? 4 : 8) ? 2 : 1) mma_kernel(const LinearArgs args) {
   using S = MmaShape<F, TILES, COLUMNS>;
   CUDA_SHARED(shared);
   GroupScale* scales = reinterpret_cast<GroupScale*>(shared + S::kStages * S::kStage);

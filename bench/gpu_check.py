@@ -1,0 +1,100 @@
+"""The steps of bench/gpu_check.sh, each in a process of its own with a time limit: one that fails does not stop the others.
+
+Writes one JSON file under bench/results/ (machine, versions, commit, every figure, every error) and prints a short table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LIMITS = {"build": 120, "kernels": 150, "time": 150, "e2e": 120, "llama": 120}
+"""Steps in order, and the seconds each may take."""
+
+
+def said(*command: str) -> str:
+    """What a command prints, "" when there is none."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def version(package: str) -> str:
+    return said(sys.executable, "-c", f"import importlib.metadata as m; print(m.version({package!r}))")
+
+
+def facts(device: str) -> dict[str, Any]:
+    query = "name,driver_version,memory.total,clocks.max.mem"
+    return {
+        "device": said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") if device == "cuda" else "cpu",
+        "nvcc": said("nvcc", "--version").splitlines()[-1:],
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "triton", "numpy")},
+        "commit": said("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def run_step(step: str, device: str, limit: float) -> dict[str, Any]:
+    """What `bench.gpu_steps` found, with its seconds, and the end of its output when it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "bench.gpu_steps", step, "--device", device, "--out", str(out)]
+        environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if device == "cpu" else {})}
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit
+            )
+            error = "" if done.returncode == 0 else done.stdout[-2000:] or f"exit status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            error = f"not done within {limit:.0f} s"
+        figures = json.loads(out.read_text()) if out.exists() else {}
+    return {"seconds": round(time.monotonic() - start, 1), **({"error": error} if error else {}), **figures}
+
+
+def show(steps: dict[str, dict[str, Any]]) -> None:
+    for step, found in steps.items():
+        print(f"\n{step}: {found['seconds']} s{' FAILED' if 'error' in found else ''}")
+        if "error" in found:
+            print("  " + found["error"].strip().replace("\n", "\n  ")[-800:])
+        for row in found.get("rows", []):
+            print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+        for key, value in found.items():
+            if key not in ("rows", "seconds", "error"):
+                print(f"  {key}: {value}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", default=",".join(LIMITS))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    chosen = args.steps.split(",")
+    if unknown := set(chosen) - set(LIMITS):
+        parser.error(f"unknown steps: {', '.join(sorted(unknown))} (known: {', '.join(LIMITS)})")
+    result: dict[str, Any] = {"machine": facts(args.device), "steps": {}}
+    stamp = result["machine"]["time"].replace(":", "")
+    out = args.out or ROOT / "bench" / "results" / f"gpu-{stamp}.json"
+    for step in (step for step in LIMITS if step in chosen):
+        result["steps"][step] = run_step(step, args.device, LIMITS[step])
+        out.write_text(json.dumps(result, indent=1) + "\n")  # also when a later step is stopped
+    show(result["steps"])
+    print(f"\n{out}")
+    return int(any("error" in found for found in result["steps"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
