@@ -28,7 +28,7 @@ INLINE void dense_block(const uint8_t* tile, int64_t tile_bytes, int64_t k, cons
   for (int m = 0; m < M; m++) for (int r = 0; r < R; r++) store(y + m * ldy + 16 * r, acc[m][r]);
 }
 
-// One row of x wants 8 tiles at once: a single chain of additions waits 4 cycles for each step.
+// Two tiles at once: a single chain of additions waits 4 cycles for each step. More read memory slower (see `prefetch_chunk`).
 template <class T>
 void dense_tiles(const uint8_t* tiles, int64_t k, const uint8_t* acts, int64_t m, float* y, int64_t ldy, int64_t tile_begin, int64_t tile_end) {
   const float* x = (const float*)acts;
@@ -36,12 +36,9 @@ void dense_tiles(const uint8_t* tiles, int64_t k, const uint8_t* acts, int64_t m
   int64_t t = tile_begin;
   while (t < tile_end) {
     const uint8_t* tile = tiles + t * tile_bytes;
-    const int64_t left = tile_end - t;
     int64_t i = 0;
-    const int wide = left >= 8 && m < 4 ? 8 : left >= 2 ? 2 : 1;
-    if (wide == 8) {
-      for (; i < m; i++) dense_block<T, 1, 8>(tile, tile_bytes, k, x + i * k, y + i * ldy + 16 * t, ldy);
-    } else if (wide == 2) {
+    const int wide = tile_end - t >= 2 ? 2 : 1;
+    if (wide == 2) {
       for (; i + 8 <= m; i += 8) dense_block<T, 8, 2>(tile, tile_bytes, k, x + i * k, y + i * ldy + 16 * t, ldy);
       for (; i + 4 <= m; i += 4) dense_block<T, 4, 2>(tile, tile_bytes, k, x + i * k, y + i * ldy + 16 * t, ldy);
       for (; i < m; i++) dense_block<T, 1, 2>(tile, tile_bytes, k, x + i * k, y + i * ldy + 16 * t, ldy);
