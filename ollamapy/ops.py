@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +42,7 @@ _WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
 
 def stack(layers: Sequence[DecoderLayer]) -> Any | None:
     """One call for all decoder layers, where the kernels in force have that and every layer fits it; else None."""
-    made = _fn["stack"](layers)
+    made = _choice.fn["stack"](layers)
     if not isinstance(made, str):
         return made
     if made:
@@ -54,25 +55,39 @@ def kernels_for(op: str) -> list[Kernel]:
     return [kernel for kernel in TABLE if kernel.op == op]
 
 
+@dataclass(slots=True)
+class Resolved:
+    """The kernels in force on one type of device."""
+
+    fn: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
+
+
 class Choice:
-    """The kernels in force in this process. One model runs in one process, so there is one."""
+    """The kernels in force in this process. One model runs in one process, so there is one; its layers may lie on several
+    devices, and `fn` is of the device whose turn it is."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.family, self.precise = "", False
+        self.resolved: dict[str, Resolved] = {}
         self.fn: dict[str, Callable[..., Any]] = {}
-        self.chosen: dict[str, str] = {}
         self._logged: set[tuple[str, str]] = set()
 
     def resolve(self, device: torch.device, family: str, head_lengths: tuple[int, ...], precise: bool) -> None:
         if family and family not in FAMILIES:
             raise UnsupportedModel(f'unknown kernel family "{family}" (known: {", ".join(FAMILIES)})')
-        self.device, self.family, self.precise = device, family, precise
-        self.chosen.clear()
+        self.family, self.precise = family, precise
+        found = Resolved()
         for op in {kernel.op for kernel in TABLE} - _WEIGHT_OPS:
             kernel = self.pick(op, Place(device, head_lengths=head_lengths))
-            self.fn[op] = kernel.fn
-            self.chosen[op] = kernel.family
+            found.fn[op] = kernel.fn
+            found.chosen[op] = kernel.family
+        self.resolved[device.type] = found
+        self.switch(device)
+
+    def switch(self, device: torch.device) -> None:
+        self.device, self.fn = device, self.resolved[device.type].fn
 
     def pick(self, op: str, place: Place) -> Kernel:
         """The first candidate that can serve. A forced family goes first, not alone: it need not have every op."""
@@ -97,7 +112,6 @@ class Choice:
 
 
 _choice = Choice()
-_fn = _choice.fn
 
 
 def choose(device: torch.device, family: str = "", head_lengths: tuple[int, ...] = (), *, precise: bool = False) -> None:
@@ -106,17 +120,23 @@ def choose(device: torch.device, family: str = "", head_lengths: tuple[int, ...]
     _choice.resolve(device, family, head_lengths, precise)
 
 
+def switch(device: torch.device) -> None:
+    """From now on ops run on `device`, for whose type `choose` was called before. `choose` does so too."""
+    _choice.switch(device)
+
+
 def set_threads(count: int) -> None:
-    """Threads of the kernels in force, the calling one included."""
-    if _choice.chosen.get("moe") == "csrc":
+    """Threads of the CPU's kernels in force, the calling one included."""
+    if "cpu" in _choice.resolved and _choice.resolved["cpu"].chosen["moe"] == "csrc":
         cpu_kernels.set_threads(count)
     else:
         torch.set_num_threads(count)
 
 
 def chosen() -> dict[str, str]:
-    """op -> implementation in force; of ops on weights, those of the weights prepared since `choose`."""
-    return dict(sorted(_choice.chosen.items()))
+    """op -> implementation in force on the device whose turn it is; of ops on weights, those of the weights prepared since
+    `choose`."""
+    return dict(sorted(_choice.resolved[_choice.device.type].chosen.items()))
 
 
 def prepare(weight: QuantTensor, device: torch.device, use: Use) -> Weight | Tensor:
@@ -124,9 +144,10 @@ def prepare(weight: QuantTensor, device: torch.device, use: Use) -> Weight | Ten
     if use == "dense":
         return reference.prepare_linear(weight, device)
     kernel = _choice.pick(use, Place(device, weight.type))
-    names = [name for name in _choice.chosen.get(use, "").split(", ") if name]
-    _choice.chosen[use] = ", ".join(dict.fromkeys([*names, kernel.family]))
     assert kernel.prepare is not None
+    chosen = _choice.resolved[device.type].chosen
+    names = chosen[use].split(", ") if use in chosen else []
+    chosen[use] = ", ".join(dict.fromkeys([*names, kernel.family]))
     return Weight(kernel.prepare(weight, device), kernel, weight.shape)
 
 
@@ -151,59 +172,59 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def moe(x: Tensor, logits: Tensor, experts: tuple[Weight, Weight, Weight], routing: Routing, kind: Activation) -> Tensor:
     """Routed gated experts, (n, E) -> (n, E): see `reference.moe`. `experts` are gate, up (X, F, E) and down (X, E, F)."""
     gate, up, down = experts
-    out: Tensor = _fn["moe"](x, logits, (gate.data, up.data, down.data), routing, kind)
+    out: Tensor = _choice.fn["moe"](x, logits, (gate.data, up.data, down.data), routing, kind)
     return out
 
 
 def pad_rows(x: Tensor) -> Tensor:
     """x with rows of zeros up to the multiple that the linear kernel wants; other ops leave rows beyond the batch's alone."""
-    out: Tensor = _fn["pad_rows"](x)
+    out: Tensor = _choice.fn["pad_rows"](x)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension."""
-    out: Tensor = _fn["rms_norm"](x, weight, eps)
+    out: Tensor = _choice.fn["rms_norm"](x, weight, eps)
     return out
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension."""
-    out: Tensor = _fn["layer_norm"](x, weight, bias, eps)
+    out: Tensor = _choice.fn["layer_norm"](x, weight, bias, eps)
     return out
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """Rotary embedding of q and k (n, heads, D), in place; cos and sin (n, 1, n_rot) as in `reference.rope`."""
-    _fn["rope"](q, k, cos, sin, interleaved)
+    _choice.fn["rope"](q, k, cos, sin, interleaved)
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: Activation) -> Tensor:
     """act(gate) * up; may reuse gate's memory."""
-    out: Tensor = _fn["gated_activation"](gate, up, kind)
+    out: Tensor = _choice.fn["gated_activation"](gate, up, kind)
     return out
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap), in place."""
-    out: Tensor = _fn["softcap"](x, cap)
+    out: Tensor = _choice.fn["softcap"](x, cap)
     return out
 
 
 def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
     """Keys and values of the batch's rows to their slots, in the cache's type."""
-    _fn["write_kv"](k, v, cache, slot_mapping)
+    _choice.fn["write_kv"](k, v, cache, slot_mapping)
 
 
 def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """A layer's paged cache, zeroed, in the layout of the kernels that will write and read it. uint8 stands for q8_0."""
-    out: KVCache = _fn["new_cache"](state, num_blocks, block_size, dtype, device)
+    out: KVCache = _choice.fn["new_cache"](state, num_blocks, block_size, dtype, device)
     return out
 
 
 def plan_attention(batch: Batch, cache: KVCache) -> Any:
     """What `attention` wants to know about a batch, made once per forward pass."""
-    return _fn["plan_attention"](batch, cache)
+    return _choice.fn["plan_attention"](batch, cache)
 
 
 def attention(
@@ -218,25 +239,25 @@ def attention(
     causal: bool = True,
 ) -> Tensor:
     """Paged attention, (n, H, D) -> (n, H * Dv): see `reference.attention.attention`."""
-    out: Tensor = _fn["attention"](q, cache, plan, scale=scale, window=window, cap=cap, sinks=sinks, causal=causal)
+    out: Tensor = _choice.fn["attention"](q, cache, plan, scale=scale, window=window, cap=cap, sinks=sinks, causal=causal)
     return out
 
 
 def largest(logits: Tensor, count: int) -> tuple[NDArray[np.float32], Ids]:
     """The likeliest tokens: see `reference.sampling.largest`."""
-    out: tuple[NDArray[np.float32], Ids] = _fn["largest"](logits, count)
+    out: tuple[NDArray[np.float32], Ids] = _choice.fn["largest"](logits, count)
     return out
 
 
 def log_totals(logits: Tensor) -> Floats:
     """(n, V) -> (n,): see `reference.sampling.log_totals`."""
-    out: Floats = _fn["log_totals"](logits)
+    out: Floats = _choice.fn["log_totals"](logits)
     return out
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[Ids, Floats]:
     """One token of each row: see `reference.sampling.draw`."""
-    out: tuple[Ids, Floats] = _fn["draw"](logits, params, uniforms)
+    out: tuple[Ids, Floats] = _choice.fn["draw"](logits, params, uniforms)
     return out
 
 

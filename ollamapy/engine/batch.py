@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -47,6 +48,13 @@ class Batch:
     def groups(self) -> tuple[Batch, ...]:
         """The batch as each layer group sees it."""
         return (self, *self.others)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        own = {name: getattr(self, name) for name in self.__slots__}
+        tensors: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
+        adapters = tuple(each._replace(rows=each.rows.to(device)) for each in self.adapters)
+        return replace(self, **tensors, adapters=adapters, others=[other.to(device) for other in self.others])
 
     @property
     def num_tokens(self) -> int:

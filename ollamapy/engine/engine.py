@@ -151,7 +151,7 @@ class Engine:
         )
 
     def info(self) -> EngineInfo:
-        plan, on_gpu = self.plan, self.runner.device.type != "cpu"
+        plan = self.plan
         runners = [self.runner, *([self.draft_model.runner] if self.draft_model is not None else [])]
         weight_bytes, kv_bytes = sum(r.model.weight_bytes for r in runners), sum(r.kv_bytes for r in runners)
         return EngineInfo(
@@ -162,7 +162,7 @@ class Engine:
             block_size=plan.block_size,
             weight_bytes=weight_bytes,
             kv_bytes=kv_bytes,
-            vram_bytes=weight_bytes + kv_bytes if on_gpu else 0,
+            vram_bytes=sum(r.vram_bytes for r in runners),
             embedding_length=self.model.config.embedding_length,
             kv_dtype=plan.kv_dtype,
             precise=plan.precise,

@@ -69,13 +69,21 @@ class LayerGroup(msgspec.Struct, frozen=True):
     layers: tuple[int, ...]
 
 
+class LayerSpan(msgspec.Struct, frozen=True):
+    """Consecutive layers on one device."""
+
+    device: str  # torch device string
+    num_layers: int
+
+
 class Plan(msgspec.Struct, frozen=True):
     """What placement decided about one engine: everything its process needs to load and run the model."""
 
     model_path: str  # GGUF; of a split model, its first file
     draft_path: str = ""  # GGUF of a smaller model of the same vocabulary that guesses ahead
     num_draft_blocks: int = 0  # KV blocks of the draft model's own pool
-    device: str = "cpu"  # torch device string
+    device: str = "cpu"  # torch device string; of the embedding, the head and sampling
+    spans: tuple[LayerSpan, ...] = ()  # where the layers are, in order; (): all on `device`
     kv_dtype: KVType = "f16"
     block_size: int = 16  # tokens per KV block
     num_blocks: int = 256  # KV blocks in the pool, shared by all sequences

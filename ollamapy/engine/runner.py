@@ -34,6 +34,7 @@ class Model(Protocol):
     """What the engine asks of a model."""
 
     weight_bytes: int
+    vram_bytes: int  # of the weights, those on a GPU
 
     @property
     def config(self) -> Config: ...
@@ -42,7 +43,6 @@ class Model(Protocol):
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
-        device: torch.device,
         groups: ListLike[LayerGroup] = (),
     ) -> list[KVCache]:
         """A paged cache per layer, zeroed: a kernel that multiplies a stale slot by 0 must not meet a NaN there. The n-th
@@ -66,17 +66,18 @@ class ModelRunner:
         self.device = torch.device(plan.device)
         try:
             dtype = KV_DTYPES[plan.kv_dtype]
-            self.caches = model.new_caches(plan.num_blocks, plan.block_size, dtype, self.device, plan.groups)
+            self.caches = model.new_caches(plan.num_blocks, plan.block_size, dtype, plan.groups)
         except (MemoryError, RuntimeError) as error:  # torch on a CPU raises RuntimeError, on a GPU a subclass of it
             tokens = plan.num_blocks * plan.block_size
             raise EngineError(f"no memory for a KV cache of {tokens} tokens on {plan.device}: {error}") from error
         self.kv_bytes = sum(tensor.nbytes for tensor in self.tensors)
+        self.vram_bytes = model.vram_bytes + sum(tensor.nbytes for tensor in self.tensors if tensor.device.type != "cpu")
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that the caches consist of, blocks first; what layers share is there once."""
         tensors = (tensor for cache in self.caches for tensor in cache.tensors())
-        return list({tensor.data_ptr(): tensor for tensor in tensors}.values())
+        return list({(tensor.device, tensor.data_ptr()): tensor for tensor in tensors}.values())
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

@@ -63,7 +63,13 @@ def _load(path: str, plan: Plan, progress: Progress) -> Decoder:
     with GGUFFile.open(path) as file:
         device = torch.device(plan.device)
         return load_model(
-            file, device, progress, context_length=plan.context_length, kernels=plan.kernels, precise=plan.precise
+            file,
+            device,
+            progress,
+            context_length=plan.context_length,
+            kernels=plan.kernels,
+            precise=plan.precise,
+            spans=plan.spans if path == plan.model_path else (),
         )
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.engine.batch import Batch, KVCache
-from ollamapy.engine.protocol import LayerGroup
-from ollamapy.layers.attention import Step
+from ollamapy.engine.protocol import LayerGroup, LayerSpan
 from ollamapy.layers.block import DecoderBlock
 from ollamapy.layers.embedding import Embedding
 from ollamapy.layers.layer import Module
@@ -26,6 +25,7 @@ from ollamapy.layers.norm import RMSNorm
 from ollamapy.layers.rope import RopeFactors, RotaryTable, inverse_frequencies, magnitude
 from ollamapy.layers.spec import Activation, AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, Rope
 from ollamapy.models.config import ModelConfig
+from ollamapy.models.stage import Stage
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The tensors of a file: name -> shape in torch order."""
@@ -52,7 +52,7 @@ class Decoder(Module):
         """`context_length`: the longest sequence that will be run, for rope factors that depend on it; 0: the trained one."""
         self.config = config
         self.context_length = context_length or config.context_length
-        self.weight_bytes = 0  # measured by load.py
+        self.weight_bytes = self.vram_bytes = 0  # measured by load.py; the second: of those, on GPUs
         rows = shapes.get("token_embd.weight", (config.vocab_size,))[0]
         self.token_embd = Embedding(rows, config.embedding_length)
         self.rope_freqs = self._rope_factors("rope_freqs", shapes)
@@ -64,43 +64,72 @@ class Decoder(Module):
         tied_to = "" if "output.weight" in shapes else "token_embd.weight"
         self.output = Linear(config.embedding_length, rows, bias="output.bias" in shapes, tied_to=tied_to)
         self.embedding_scale = math.sqrt(config.embedding_length) if self.traits.scale_embedding else 1.0
-        self._rotary: dict[Rope, RotaryTable] = {}
-        self._stack: Any | None = None
+        self._stages: list[Stage] = []
+        self.place(torch.device("cpu"))
 
     def new_caches(
         self,
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
-        device: torch.device,
         groups: Sequence[LayerGroup] = (),
     ) -> list[KVCache]:
-        """What each layer keeps per token, paged. The n-th layers of all groups share their tensors."""
+        """What each layer keeps per token, paged, on its device. The n-th layers of all groups share their tensors, so groups
+        are for models on one device."""
+        assert len(groups) <= 1 or len({device for _, device in self.spans}) == 1
         places: list[KVCache] = []
         caches: dict[int, KVCache] = {}
         for number, layers in enumerate([group.layers for group in groups] or [range(len(self.blk))]):
             for place, layer in enumerate(layers):
                 if place == len(places):
-                    places.append(ops.new_cache(self.blk[layer].state, num_blocks, block_size, dtype, device))
+                    places.append(self._new_cache(layer, num_blocks, block_size, dtype))
                 caches[layer] = replace(places[place], group=number)
         return [caches[layer] for layer in range(len(self.blk))]
+
+    def _new_cache(self, layer: int, num_blocks: int, block_size: int, dtype: torch.dtype) -> KVCache:
+        device = self.device_of(layer)
+        ops.switch(device)
+        try:
+            return ops.new_cache(self.blk[layer].state, num_blocks, block_size, dtype, device)
+        finally:
+            ops.switch(self.device)
 
     def attention_scale(self, key_length: int) -> float:
         """Of q k^T, where the file does not give it."""
         return 1.0 / math.sqrt(key_length)
 
-    def prepare(self, device: torch.device) -> None:
-        """Once after the tensors are there: the rotary tables, one for all layers that turn alike, and the fused layers."""
-        for block in self.blk:
-            rope = block.spec.attention.rope
-            if rope not in self._rotary:
-                inverse = inverse_frequencies(rope, self._divisors(rope))
-                long = self.rope_factors_long is not None  # not every converter writes the type too
-                scaling = replace(rope.scaling, type="longrope") if long else rope.scaling
-                size = magnitude(scaling, self.config.context_length)
-                self._rotary[rope] = RotaryTable(inverse, size, self.traits.interleaved_rope, device)
-        ropes = list(self._rotary)
-        self._stack = ops.stack([block.fused(ropes.index(block.spec.attention.rope)) for block in self.blk])
+    def place(self, device: torch.device, spans: Sequence[LayerSpan] = ()) -> None:
+        """Before the tensors are loaded: the embedding, the head and what belongs to no layer go to `device`, layers to those
+        of `spans`, or there too."""
+        self.device = device
+        starts = [0, *accumulate(span.num_layers for span in spans)]
+        self.spans = [
+            (range(start, start + span.num_layers), torch.device(span.device))
+            for start, span in zip(starts, spans, strict=False)
+            if span.num_layers
+        ] or [(range(len(self.blk)), device)]
+        assert self.spans[-1][0].stop == len(self.blk), "spans are not of this model"
+
+    def device_of(self, layer: int) -> torch.device:
+        return next(device for layers, device in self.spans if layer in layers)
+
+    def prepare(self) -> None:
+        """Once after the tensors are there: the rotary tables of each device, one for layers that turn alike, and stages."""
+        made: dict[torch.device, dict[Rope, RotaryTable]] = {}
+        for layers, device in self.spans:
+            if device not in made:
+                made[device] = {rope: self._rotary_table(rope, device) for rope in self._ropes()}
+            self._stages.append(Stage(self.blk, layers, device, made[device], self._temperature))
+        ops.switch(self.device)
+
+    def _ropes(self) -> list[Rope]:
+        return list(dict.fromkeys(block.spec.attention.rope for block in self.blk))
+
+    def _rotary_table(self, rope: Rope, device: torch.device) -> RotaryTable:
+        inverse = inverse_frequencies(rope, self._divisors(rope))
+        long = self.rope_factors_long is not None  # not every converter writes the type too
+        scaling = replace(rope.scaling, type="longrope") if long else rope.scaling
+        return RotaryTable(inverse, magnitude(scaling, self.config.context_length), self.traits.interleaved_rope, device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
@@ -109,14 +138,16 @@ class Decoder(Module):
         x = self.token_embd(ops.pad_rows(batch.token_ids))
         if self.embedding_scale != 1.0:
             x.mul_(self.embedding_scale)
-        if self._stack is not None and not batch.adapters:
-            length = max(batch.context_lens, default=1)
-            ropes = [table.turns(length) for table in self._rotary.values()]
-            self._stack(x, batch, caches, ropes, self._temperature(batch.positions))
-        else:
-            step = self._step(batch, caches)
-            for block, cache in zip(self.blk, caches, strict=True):
-                x = block(x, step, cache)
+        seen = batch
+        for stage in self._stages:
+            if stage.device != self.device or seen is not batch:
+                ops.switch(stage.device)
+                x = ops.pad_rows(x[: batch.num_tokens].to(stage.device))
+                seen = batch if stage.device == self.device else batch.to(stage.device)
+            x = stage(x, seen, caches)
+        if seen is not batch:
+            ops.switch(self.device)
+            x = x.to(self.device)
         return self.output_norm(x.index_select(0, batch.logit_rows))
 
     __call__ = forward
@@ -126,15 +157,6 @@ class Decoder(Module):
         """(n, E) -> (n, V) float32."""
         out = self.output(hidden)
         return ops.softcap(out, self.config.final_softcap) if self.config.final_softcap else out
-
-    def _step(self, batch: Batch, caches: Sequence[KVCache]) -> Step:
-        positions = ops.pad_rows(batch.positions)
-        length = max(batch.context_lens, default=1)
-        rotary = {rope: table.rows(positions, length) for rope, table in self._rotary.items()}
-        temperature = self._temperature(positions)
-        rows = None if temperature is None else temperature.view(-1, 1, 1)
-        plans = [ops.plan_attention(seen, caches[0]) for seen in batch.groups]
-        return Step(plans, [seen.slot_mapping for seen in batch.groups], rotary, rows, batch.adapters)
 
     def _temperature(self, positions: Tensor) -> Tensor | None:
         """(n,): what queries are multiplied with by their position, for models that do so."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ollamapy import ops
+from ollamapy.engine.protocol import LayerSpan
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile, TensorInfo
@@ -24,8 +26,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with a status, the bytes of weights done and those to do."""
 
-Job = tuple[Layer, str, Declared, list[TensorInfo]]
-"""A layer's key, what it declared, and the tensors of the file that fill it."""
+Job = tuple[Layer, str, Declared, list[TensorInfo], torch.device]
+"""A layer's key, what it declared, the tensors of the file that fill it, and where it belongs."""
 
 OTHER_MODALITIES = ("v.", "mm.", "a.")  # vision and audio towers that some files carry beside the text model
 _SHOWN = 12  # names listed in an error
@@ -39,30 +41,44 @@ def load_model(
     context_length: int = 0,
     kernels: str = "",
     precise: bool = False,
+    spans: Sequence[LayerSpan] = (),
 ) -> Decoder:
     """A model ready to run, its weights in the form of the kernels that the device allows; `kernels` forces a family of them,
     `precise` those that keep activations in the precision of float32.
 
     `context_length` is the longest sequence that will be run (0: what the file says); longrope models choose factors by it.
+    `spans` put layers on other devices than `device`.
     Raises UnsupportedModel for an architecture, tensors or shapes that cannot be run, naming them. Weights that are used as
     they lie in the file stay mapped after the file is closed.
     """
     config = ModelConfig.from_gguf(file.metadata)
     _, tensors = normalise(file.metadata, file.tensors)
-    ops.choose(device, kernels, tuple({*config.key_length, *config.value_length}), precise=precise)
+    for each in (*(torch.device(span.device) for span in spans), device):
+        ops.choose(each, kernels, tuple({*config.key_length, *config.value_length}), precise=precise)
     skipped = {name for name in tensors if name.startswith(OTHER_MODALITIES)}
     if skipped:
         log.info("leaving out %d vision and audio tensors: only text is supported", len(skipped))
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in skipped}
     model = _architecture(config.architecture)(config, shapes, context_length)
-    wanted = [(layer, key, declared, declared.sources or (name,)) for name, layer, key, declared in declared_tensors(model)]
-    _check({sources: declared for *_, declared, sources in wanted}, shapes)
-    jobs = [(layer, key, declared, [tensors[name] for name in sources]) for layer, key, declared, sources in wanted]
-    _load(file, jobs, device, progress or (lambda status, completed, total: None))
+    model.place(device, spans)
+    wanted = [
+        (layer, key, declared, declared.sources or (name,), _device(model, name))
+        for name, layer, key, declared in declared_tensors(model)
+    ]
+    _check({sources: declared for _, _, declared, sources, _ in wanted}, shapes)
+    jobs = [(layer, key, declared, [tensors[name] for name in sources], on) for layer, key, declared, sources, on in wanted]
+    _load(file, jobs, progress or (lambda status, completed, total: None))
     _tie(jobs)
-    model.prepare(device)
-    model.weight_bytes = measure(model)
+    model.prepare()
+    sizes = measure(model)
+    model.weight_bytes, model.vram_bytes = sum(sizes.values()), sum(sizes.values()) - sizes.get("cpu", 0)
     return model
+
+
+def _device(model: Decoder, name: str) -> torch.device:
+    """Where a tensor belongs: with its layer."""
+    layer = re.match(r"blk\.(\d+)\.", name)
+    return model.device if layer is None else model.device_of(int(layer[1]))
 
 
 def _architecture(name: str) -> type[Decoder]:
@@ -88,11 +104,11 @@ def _check(wanted: dict[tuple[str, ...], Declared], shapes: dict[str, tuple[int,
         raise UnsupportedModel("the model file does not fit its architecture; " + "; ".join(problems))
 
 
-def _load(file: GGUFFile, jobs: list[Job], device: torch.device, progress: Progress) -> None:
-    total = sum(source.nbytes for *_, sources in jobs for source in sources)
+def _load(file: GGUFFile, jobs: list[Job], progress: Progress) -> None:
+    total = sum(source.nbytes for *_, sources, _ in jobs for source in sources)
     completed = 0
     progress("loading", completed, total)
-    for layer, key, declared, sources in jobs:
+    for layer, key, declared, sources, device in jobs:
         layer.load(key, ops.prepare(_read(file, sources), device, declared.use))
         completed += sum(source.nbytes for source in sources)
         progress("loading", completed, total)
@@ -100,8 +116,8 @@ def _load(file: GGUFFile, jobs: list[Job], device: torch.device, progress: Progr
 
 def _tie(jobs: list[Job]) -> None:
     """A matrix that is the embedding and the head is held once, where the head's kernel can give rows of what it holds."""
-    heads = {sources[0].name: layer for layer, _, declared, sources in jobs if declared.use == "linear"}
-    for layer, key, declared, (source, *_) in jobs:
+    heads = {sources[0].name: layer for layer, _, declared, sources, _ in jobs if declared.use == "linear"}
+    for layer, key, declared, (source, *_), _ in jobs:
         if declared.use == "embedding" and source.name in heads:
             rows = ops.embedding_of(getattr(heads[source.name], key), source.type)
             layer.load(key, rows or getattr(layer, key))
@@ -117,9 +133,9 @@ def _read(file: GGUFFile, sources: list[TensorInfo]) -> QuantTensor:
     return QuantTensor(torch.stack([part.data for part in parts]), parts[0].type, (len(parts), *parts[0].shape))
 
 
-def measure(model: Decoder) -> int:
-    """Bytes of memory that the weights take; tensors that share memory count once."""
-    sizes: dict[int, int] = {}
+def measure(model: Decoder) -> dict[str, int]:
+    """Type of device -> bytes of its memory that the weights take; tensors that share memory count once."""
+    sizes: dict[tuple[torch.device, int], int] = {}
 
     def add(value: object) -> None:
         if isinstance(value, ops.Weight):
@@ -130,8 +146,12 @@ def measure(model: Decoder) -> int:
             held = (value,)
         for tensor in held:
             if tensor is not None:
-                sizes[tensor.data_ptr()] = max(sizes.get(tensor.data_ptr(), 0), tensor.nbytes)
+                place = tensor.device, tensor.data_ptr()
+                sizes[place] = max(sizes.get(place, 0), tensor.nbytes)
 
     for _, layer, key, _ in declared_tensors(model):
         add(getattr(layer, key))
-    return sum(sizes.values())
+    found: dict[str, int] = {}
+    for (device, _), size in sizes.items():
+        found[device.type] = found.get(device.type, 0) + size
+    return found

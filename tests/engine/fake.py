@@ -49,6 +49,7 @@ class FakeModel:
 
     config: FakeConfig = field(default_factory=FakeConfig)
     weight_bytes: int = 1000
+    vram_bytes: int = 0
     num_forwards: int = 0
     fail_forwards: int = 0  # so many of the next passes over more than one sequence fail
     broken: bool = False  # every pass fails
@@ -65,12 +66,11 @@ class FakeModel:
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
-        device: torch.device,
         groups: Sequence[LayerGroup] = (),
     ) -> list[KVCache]:
         """In groups, both layers use one tensor, so that a block given to both is seen."""
         states = [LayerState(1, 2, 2), LayerState(1, 2, 2, window=WINDOW)]
-        first, second = (reference.new_cache(state, num_blocks, block_size, dtype, device) for state in states)
+        first, second = (reference.new_cache(state, num_blocks, block_size, dtype, torch.device("cpu")) for state in states)
         return [first, KVCache(first.value, first.key, group=1) if groups else second]
 
     def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:

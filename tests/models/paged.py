@@ -46,7 +46,7 @@ class Paged:
         random.Random(seed).shuffle(self.free)
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
-        self.caches = model.new_caches(num_blocks, block_size, dtype, torch.device("cpu"))
+        self.caches = model.new_caches(num_blocks, block_size, dtype)
         for cache in self.caches:  # what was not written must not be read
             for store in (cache.key, cache.value):
                 store.fill_(255 if dtype is torch.uint8 else torch.nan)  # of q8_0, scales that are NaN

@@ -65,7 +65,7 @@ def test_groups_preemption_and_hits_change_no_bit(model: Decoder) -> None:
 
 def test_groups_take_the_memory_of_the_longest_group(model: Decoder) -> None:
     groups = layer_groups(model.config.windows, 256)
-    whole = model.new_caches(10, 16, torch.float16, torch.device("cpu"))
-    shared = model.new_caches(10, 16, torch.float16, torch.device("cpu"), groups)
+    whole = model.new_caches(10, 16, torch.float16)
+    shared = model.new_caches(10, 16, torch.float16, groups)
     assert len({cache.key.data_ptr() for cache in whole}) == 7 and len({cache.key.data_ptr() for cache in shared}) == 1
     assert sorted(cache.group for cache in shared) == list(range(7))
