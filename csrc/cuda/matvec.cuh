@@ -76,7 +76,7 @@ __device__ __forceinline__ void add_pair(float (&sums)[TOKENS], const PairCodes<
 
 // TOKENS >= x.tokens; ROWS rows for each eight lanes, kRowLanes apart. grid: the blocks of every part, one after the other.
 template <class F, int TOKENS, int ROWS, int UNROLL>
-__global__ void __launch_bounds__(kMatvecThreads) matvec_kernel(const LinearArgs args) {
+__global__ void __launch_bounds__(kMatvecThreads, 1) matvec_kernel(const LinearArgs args) {
   int block = blockIdx.x, which = 0;
   while (block >= (args.parts[which].rows + kRowLanes * ROWS - 1) / (kRowLanes * ROWS)) {
     block -= (args.parts[which].rows + kRowLanes * ROWS - 1) / (kRowLanes * ROWS);
