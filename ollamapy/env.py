@@ -87,6 +87,9 @@ class Settings:
         "OLLAMA_KV_CACHE_TYPE", str, "", "Type of the KV cache: f16, q8_0, bf16 or f32 (default f16)"
     )
     flash_attention: str = _variable("OLLAMA_FLASH_ATTENTION", str, "", "Accepted; paged attention is always used")
+    prefix_cache_bytes: int = _variable(
+        "OLLAMAPY_PREFIX_CACHE_BYTES", _count, 2 << 30, "Disk for prompt prefixes that outlive a model's unloading (0: none)"
+    )
     gpu_overhead: int = _variable("OLLAMA_GPU_OVERHEAD", _count, 0, "Bytes to leave free on each GPU")
     sched_spread: bool = _variable("OLLAMA_SCHED_SPREAD", _boolean, False, "Spread a model over all GPUs")
     go_template: bool | None = _variable("OLLAMA_GO_TEMPLATE", _boolean, None, "Use the Modelfile's TEMPLATE when there is one")
@@ -113,6 +116,11 @@ class Settings:
     cuda_home: str = _variable("CUDA_HOME", str, "", "")
     cache_home: Path = _variable("XDG_CACHE_HOME", Path, Path(), "")  # noqa: RUF009
     home: Path = _variable("HOME", Path, Path(), "")  # noqa: RUF009
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where files lie that can be made again."""
+        return (self.cache_home if self.cache_home.parts else self.home / ".cache") / "ollamapy"
 
     def describe(self) -> dict[str, str]:
         """Variable name -> value in force, for the start-up log."""

@@ -53,8 +53,9 @@ def find_library(package: Path, settings: env.Settings) -> tuple[Path, str]:
     prebuilt = package / _build.LIBRARY
     if prebuilt.exists() and _build.built_from(prebuilt) == _build.source_hash(sources):
         return prebuilt, "prebuilt"
-    cache = (settings.cache_home if settings.cache_home.parts else settings.home / ".cache") / "ollamapy"
-    return _build.cached(cache, sources, Path(torch.__file__).parent, settings.cxx, settings.cpu_isa), "built on first use"
+    return _build.cached(
+        settings.cache_folder, sources, Path(torch.__file__).parent, settings.cxx, settings.cpu_isa
+    ), "built on first use"
 
 
 _extension = Extension()

@@ -20,6 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _threads() -> None:
     """Two test processes on two cores must not spin against each other."""
     os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OLLAMAPY_PREFIX_CACHE_BYTES", "0")  # no test leaves files in the user's folder
 
 
 @pytest.fixture(scope="session")

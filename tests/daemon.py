@@ -54,6 +54,7 @@ def environment(home: Path, port: int, **variables: str) -> Daemon:
     host = f"127.0.0.1:{port}"
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "OMP_NUM_THREADS", "PYTHONWARNINGS") if name in os.environ}
     own = {"HOME": str(home), "OLLAMA_HOST": host, "PYTHONPATH": str(ROOT), "OLLAMAPY_DEVICE": "cpu"}
+    own["OLLAMAPY_PREFIX_CACHE_BYTES"] = "0"
     own["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # where kernels that were built lie
     return Daemon(host, home, {**kept, **own, **variables})
 

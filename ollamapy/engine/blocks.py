@@ -13,15 +13,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListLike
 from typing import NamedTuple
 
+from ollamapy.engine.block_check import GONE, Books, num_gone, problems_of
 from ollamapy.engine.groups import blocks_of, most_blocks
 from ollamapy.engine.sequence import Sequence
-
-GONE = -1  # a table's entry behind the window
 
 
 class Hit(NamedTuple):
@@ -91,7 +90,7 @@ class BlockManager:
             table: ListLike[int] = tables[group] if tables else ()
             missing = max(self.blocks_for(len(seq.token_ids)) - len(table), 0)  # a draft may have more
             if window:
-                live = len(table) - _num_gone(table)
+                live = len(table) - num_gone(table)
                 missing = min(missing, max(most_blocks(window, self.block_size, self._step_tokens) - live, 0))
             total += missing
         return total
@@ -107,32 +106,36 @@ class BlockManager:
 
         Groups without a window need all blocks of the prefix, those with one only what the next token can see.
         """
-        most = (len(seq.token_ids) - 1) // self.block_size if reuse and self.prefix_cache else 0
-        end = 0
-        while end < most and all(
-            window or self.hash(seq, end) in known for window, known in zip(self.windows, self._block_of, strict=True)
-        ):
-            end += 1
-        while end and (missing := self._last_missing(seq, end)) is not None:
-            end = missing
+        end = self.reusable(seq, lambda group, digest: digest in self._block_of[group]) if reuse and self.prefix_cache else 0
         return Hit(end, [self._table(seq, group, end) for group in range(len(self.windows))])
 
-    def _last_missing(self, seq: Sequence, end: int) -> int | None:
-        """The last block that a windowed group lacks to go on after `end` blocks."""
-        for window, known in zip(self.windows, self._block_of, strict=True):
-            if not window:
-                continue
-            for index in range(end - 1, self._first_seen(window, end * self.block_size) - 1, -1):
-                if self.hash(seq, index) not in known:
-                    return index
-        return None
+    def reusable(self, seq: Sequence, has: Callable[[int, bytes], bool]) -> int:
+        """How many leading blocks of `seq` need not be computed where `has` says which blocks (group, hash) there are."""
+        most = (len(seq.token_ids) - 1) // self.block_size
+        full = [group for group, window in enumerate(self.windows) if not window]
+        end = 0
+        while end < most and all(has(group, self.hash(seq, end)) for group in full):
+            end += 1
+        while end:
+            missing = next((index for index, group in self.seen(end) if not has(group, self.hash(seq, index))), None)
+            if missing is None:
+                break
+            end = missing
+        return end
+
+    def seen(self, end: int) -> Iterator[tuple[int, int]]:
+        """Index and windowed group of the blocks that the token after `end` blocks sees, from the last."""
+        for group, window in enumerate(self.windows):
+            if window:
+                for index in range(end - 1, self.first_seen(window, end * self.block_size) - 1, -1):
+                    yield index, group
 
     def _table(self, seq: Sequence, group: int, end: int) -> array[int]:
-        start = self._first_seen(self.windows[group], end * self.block_size)
+        start = self.first_seen(self.windows[group], end * self.block_size)
         known = self._block_of[group]
         return array("i", [GONE] * start + [known[self.hash(seq, index)] for index in range(start, end)])
 
-    def _first_seen(self, window: int, position: int) -> int:
+    def first_seen(self, window: int, position: int) -> int:
         """The first block that a token at `position` sees through a window."""
         return max(position - window + 1, 0) // self.block_size if window else 0
 
@@ -164,6 +167,26 @@ class BlockManager:
                     self._name(table[index], group, digest)
             seq.num_registered = full
         self._give_back(seq)
+
+    def find(self, group: int, digest: bytes) -> int | None:
+        """The block with this content."""
+        return self._block_of[group].get(digest)
+
+    def touch(self, digests: Iterable[bytes]) -> None:
+        """Cached blocks with this content become the last to be evicted, the first of a chain after the others."""
+        for digest in reversed(list(digests)):
+            for known in self._block_of:
+                if (block := known.get(digest)) is not None and block in self._cached:
+                    self._cached.move_to_end(block)
+
+    def adopt(self, group: int, digest: bytes) -> int | None:
+        """A block that the caller fills with this content, cached. None when the pool has it already or has no room."""
+        if digest in self._block_of[group] or not self.num_available or not self.prefix_cache:
+            return None
+        block = self._take()
+        self._name(block, group, digest)
+        self._drop(block)
+        return block
 
     def _name(self, block: int, group: int, digest: bytes) -> None:
         known = self._block_of[group]
@@ -217,7 +240,7 @@ class BlockManager:
         for window, table in zip(self.windows, seq.block_tables, strict=True):
             if not window:
                 continue
-            index = self._first_seen(window, seq.num_computed) - 1
+            index = self.first_seen(window, seq.num_computed) - 1
             while index >= 0 and table[index] != GONE:
                 self._drop(table[index])
                 table[index] = GONE
@@ -250,45 +273,10 @@ class BlockManager:
             del self._block_of[known[0]][known[1]]
             self._known[block] = None
 
-    # --- check ------------------------------------------------------------------------------------------------
-
     def check(self, sequences: Iterable[Sequence]) -> list[str]:
         """What is wrong with the books, given all sequences that may hold blocks; empty when nothing is."""
-        sequences = [seq for seq in sequences if seq.block_tables]
-        problems = [problem for seq in sequences for problem in self._check_tables(seq)]
-        held = Counter(block for seq in sequences for table in seq.block_tables for block in table if block != GONE)
-        free, cached = set(self._free), set(self._cached)
-        if len(free) != len(self._free):
-            problems.append("a block is free twice")
-        if free & cached or free & held.keys() or cached & held.keys():
-            problems.append("a block is in two states")
-        if len(free) + len(cached) + len(held) != self.num_blocks:
-            problems.append(f"{len(free)} free + {len(cached)} cached + {len(held)} used != {self.num_blocks} blocks")
-        wrong = [block for block, count in enumerate(self._references) if count != held.get(block, 0)]
-        if wrong:
-            problems.append(f"references of blocks {wrong[:8]} do not match the block tables")
-        named = {(group, digest): block for group, known in enumerate(self._block_of) for digest, block in known.items()}
-        if any(self._known[block] != name for name, block in named.items()):
-            problems.append("a prefix hash names a block of other content")
-        if sum(name is not None for name in self._known) != len(named):
-            problems.append("a block keeps a hash that the prefix cache does not know")
-        if any(self._known[block] is not None for block in free) or any(self._known[block] is None for block in cached):
-            problems.append("a free block has a hash or a cached one has none")
-        return problems
+        return problems_of(self, sequences)
 
-    def _check_tables(self, seq: Sequence) -> list[str]:
-        problems = []
-        blocks = [block for table in seq.block_tables for block in table if block != GONE]
-        if len(set(blocks)) != len(blocks):
-            problems.append("a block is twice in the tables of one sequence")
-        if len(seq.block_tables) != len(self.windows) or len({len(table) for table in seq.block_tables}) != 1:
-            return [*problems, f"request {seq.request_id} has tables of different lengths"]
-        for window, table in zip(self.windows, seq.block_tables, strict=True):
-            gone, seen = _num_gone(table), self._first_seen(window, seq.num_computed)
-            if gone != min(seen, len(table)) or GONE in table[gone:]:
-                problems.append(f"request {seq.request_id} holds blocks behind a window of {window}, or lacks some within")
-        return problems
-
-
-def _num_gone(table: ListLike[int]) -> int:
-    return next((index for index, block in enumerate(table) if block != GONE), len(table))
+    def books(self) -> Books:
+        """What the manager believes, for `check`."""
+        return Books(self._references, self._free, self._cached, self._known, self._block_of)

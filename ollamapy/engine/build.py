@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ollamapy.engine.batch import Batch
-from ollamapy.engine.blocks import GONE
+from ollamapy.engine.block_check import GONE
 from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Sequence
 

@@ -23,6 +23,8 @@ from ollamapy.engine.batch import RowAdapter
 from ollamapy.engine.build import num_wanted
 from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
 from ollamapy.engine.pooling import pooled_result, pooling_of
+from ollamapy.engine.prefix_store import PrefixStore
+from ollamapy.engine.prefixes import Prefixes
 from ollamapy.engine.protocol import (
     NOBODY,
     Caller,
@@ -48,6 +50,7 @@ from ollamapy.errors import EngineError, OllamapyError
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL = 1.0  # seconds between two integrity checks that run by themselves
+MEASURED_TOKENS = 64  # of a step whose time tells what a prefill costs
 COMPILE_WAIT = 0.02  # seconds after which an engine that waits for a grammar looks for commands
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
 
@@ -65,11 +68,13 @@ class Engine:
         read_vocabulary: Callable[[], Vocabulary] | None = None,
         draft_model: Model | None = None,
         load_adapter: Callable[[str], RowAdapter] | None = None,
+        store: PrefixStore | None = None,
     ) -> None:
         self.model, self.plan = model, plan
         self._kernels, self._load_ns = kernels or {}, load_ns
         self.runner = ModelRunner(model, plan)
-        self.scheduler = Scheduler(plan, whole_prompts=not model.config.causal)
+        self.scheduler = Scheduler(plan, not model.config.causal, store.key if store is not None else b"")
+        self.prefixes = Prefixes(self.scheduler.blocks, self.runner.tensors, store) if store is not None else None
         self._pool_tokens = self.scheduler.blocks.max_tokens(plan.context_length)
         self.sampler = Sampler()
         self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
@@ -83,7 +88,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.sequences or self._pending or self._compiling)
+        on_disk = self.prefixes is not None and self.prefixes.has_work
+        return bool(self.scheduler.sequences or self._pending or self._compiling or on_disk)
 
     def add(self, request_id: int, token_ids: list[int], params: SamplingParams, caller: Caller = NOBODY) -> None:
         """Starts generating after `token_ids`. A request that cannot be run is answered by the next step. Raises EngineError
@@ -100,6 +106,8 @@ class Engine:
         """Ends a request now and frees its blocks; the next step says so. Unknown ids are those that have ended already."""
         compiling = self._compiling.pop(request_id, None)
         seq = self.scheduler.abort(request_id) if compiling is None else compiling[0]
+        if seq is None and self.prefixes is not None:
+            seq = self.prefixes.abort(request_id)
         if seq is None:
             return
         if seq.pooling is not None:
@@ -112,15 +120,21 @@ class Engine:
         """Computes one batch and tells what came of it: at most one Step, and an Embedding for each that is done."""
         if self._compiling:
             self._add_compiled()
+        if self.prefixes is not None and self.prefixes.has_work:
+            self._exchange(self.prefixes)
         told, self._pending = self._pending, []
         self.speculation.propose(self.scheduler.running)
         schedule = self.scheduler.schedule()
         if len(schedule):
+            if self.prefixes is not None:
+                self.prefixes.note(schedule.sequences)
             start = time.perf_counter()
             results = self._execute(schedule)
             seconds = time.perf_counter() - start
             self.speculation.observe(schedule, seconds)
             self.scheduler.pace.record(schedule.num_decode_rows, schedule.num_prompt_tokens, seconds)
+            if self.prefixes is not None and sum(schedule.num_tokens) >= MEASURED_TOKENS:
+                self.prefixes.costs.computed(sum(schedule.num_tokens), seconds)
             told += self.scheduler.commit(schedule, results)
             self._num_steps += 1
             self._check_when_idle()
@@ -135,7 +149,7 @@ class Engine:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return Stats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(self._compiling),
+            num_waiting=len(scheduler.waiting) + len(self._compiling) + (self.prefixes.num_waiting if self.prefixes else 0),
             free_blocks=blocks.num_free,
             cached_blocks=blocks.num_cached,
             used_blocks=blocks.num_blocks - blocks.num_available,
@@ -147,6 +161,8 @@ class Engine:
             num_drafts=scheduler.num_drafts,
             num_draft_tokens=scheduler.num_drafted,
             num_accepted_tokens=scheduler.num_accepted,
+            num_evictions=blocks.num_evictions,
+            **(self.prefixes.stats() if self.prefixes is not None else {}),
             integrity=self._integrity,
         )
 
@@ -173,7 +189,8 @@ class Engine:
     def check_integrity(self) -> str:
         """ "ok", or what is wrong with the books of blocks and sequences. Runs by itself when no request is left."""
         self._last_check = time.monotonic()
-        self._integrity = "; ".join([*self.scheduler.check(), *self.speculation.check()]) or "ok"
+        prefixes = self.prefixes.check() if self.prefixes is not None else []
+        self._integrity = "; ".join([*self.scheduler.check(), *self.speculation.check(), *prefixes]) or "ok"
         if self._integrity != "ok":
             log.error("integrity: %s", self._integrity)
         return self._integrity
@@ -188,7 +205,8 @@ class Engine:
     def _begin(
         self, request_id: int, token_ids: list[int], params: SamplingParams, seed: int, pooling: Pooling | None, caller: Caller
     ) -> None:
-        if request_id in self.scheduler.sequences or request_id in self._compiling:
+        restoring = self.prefixes is not None and self.prefixes.knows(request_id)
+        if request_id in self.scheduler.sequences or request_id in self._compiling or restoring:
             raise EngineError(f"request {request_id} is in use")
         limit = min(params.context_length or self.plan.context_length, self.plan.context_length, self._pool_tokens)
         refused = refusal(token_ids, params, limit, self.model.config.vocab_size)
@@ -208,7 +226,19 @@ class Engine:
             if params.grammar:
                 self._compiling[request_id] = seq, self.grammars.start(params.grammar)
             else:
-                self.scheduler.add(seq)
+                self._enter(seq)
+
+    def _enter(self, seq: Sequence) -> None:
+        """Into the scheduler, at once or when its prefix has been read."""
+        if self.prefixes is None or not self.prefixes.begin(seq):
+            self.scheduler.add(seq)
+
+    def _exchange(self, prefixes: Prefixes) -> None:
+        """A part of what is to be written, and requests whose prefix has come."""
+        prefixes.write_some()
+        idle = not (self.scheduler.sequences or self._pending or self._compiling)
+        for seq in prefixes.restored(idle):
+            self.scheduler.add(seq)
 
     def _add_compiled(self) -> None:
         """Lets requests in whose grammar is there. Waits for one when there is nothing else to do."""
@@ -221,7 +251,7 @@ class Engine:
             error = future.exception()
             if error is None:
                 seq.grammar = future.result()
-                self.scheduler.add(seq)
+                self._enter(seq)
             else:
                 log.error("request %d: no grammar: %s", request_id, error)
                 text = str(error) if isinstance(error, EngineError) else _text(error)

@@ -94,6 +94,8 @@ class Plan(msgspec.Struct, frozen=True):
     kernels: str = ""  # force a kernel family: reference | csrc | triton; "": by capability
     precise: bool = False  # activations keep the precision of float32
     prefix_cache: bool = True
+    prefix_folder: str = ""  # where prefixes are kept in files; "": nowhere
+    prefix_bytes: int = 0  # most bytes of them, all models together
     groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
     slowdown: float = 2.5  # how much longer than decoding alone a step with prompt tokens may take; <= 1: no limit
 
@@ -229,6 +231,12 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     prefix_query_tokens: int
     num_preemptions: int
     num_steps: int
+    num_evictions: int = 0  # cached blocks whose content was given up for others
+    disk_bytes: int = 0  # of prefixes kept in files, all models together
+    disk_written_blocks: int = 0
+    disk_read_tokens: int = 0  # prompt tokens whose blocks came from files
+    disk_bad_files: int = 0  # damaged ones, deleted
+    disk_failed_writes: int = 0
     num_drafts: int = 0  # guesses of speculation, their tokens, and those that came true
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

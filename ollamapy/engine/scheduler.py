@@ -27,14 +27,16 @@ OLDEST_SHARE = 4  # of the prompt tokens of a step, one part in so many is kept 
 
 
 class Scheduler:
-    """`whole_prompts`: prompts are not cut into chunks nor reused, as models that attend both ways require."""
+    """`whole_prompts`: prompts are not cut into chunks nor reused, as models that attend both ways require.
+    `key`: of the hashes of prefixes, where they are kept beyond this process."""
 
-    def __init__(self, plan: Plan, whole_prompts: bool = False) -> None:
+    def __init__(self, plan: Plan, whole_prompts: bool = False, key: bytes = b"") -> None:
         self.whole_prompts = whole_prompts
         self.max_num_seqs = plan.max_num_seqs
         most = max(plan.max_batch_tokens, plan.max_num_seqs)  # all that decode fit into one step
         windows = [group.window for group in plan.groups] or [0]
-        self.blocks = BlockManager(plan.num_blocks, plan.block_size, plan.prefix_cache and not whole_prompts, windows, most)
+        reuse = plan.prefix_cache and not whole_prompts
+        self.blocks = BlockManager(plan.num_blocks, plan.block_size, reuse, windows, most, key)
         self.pace = Pace(most, plan.slowdown)
         self.shares = Shares()
         self.waiting = Queue(self.shares)

@@ -251,6 +251,8 @@ class _Shape:
             kernels=self.settings.kernels,
             groups=groups,
             precise=self.precise,
+            prefix_folder=str(self.settings.cache_folder / "prefixes") if self.settings.prefix_cache_bytes else "",
+            prefix_bytes=self.settings.prefix_cache_bytes,
         )
         return Placement(made, self.weights[place.kind], count * nbytes, workspace, tuple(notes))
 

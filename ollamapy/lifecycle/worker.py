@@ -6,14 +6,17 @@ Imported by the forkserver before any engine exists, so nothing here may start a
 from __future__ import annotations
 
 import logging
+import os
+import re
 import socket
 from pathlib import Path
 
 import torch
 
-from ollamapy import ops
+from ollamapy import __version__, extension, ops
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.grammar import Vocabulary
+from ollamapy.engine.prefix_store import PrefixStore
 from ollamapy.engine.protocol import Plan
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.dialect import normalise
@@ -53,6 +56,7 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         read_vocabulary=lambda: read_vocabulary(plan.model_path),
         draft_model=draft,
         load_adapter=lambda path: load_adapter(Path(path), model, torch.device(plan.device)),
+        store=open_store(plan),
     )
 
 
@@ -82,6 +86,29 @@ def check_vocabularies(path: str, draft_path: str) -> None:
     for token_id, (token, drafted) in enumerate(zip(own, other, strict=True)):
         if token != drafted:
             raise UnsupportedModel(f"token {token_id} of the draft model is {drafted!r} and of the model {token!r}")
+
+
+def open_store(plan: Plan) -> PrefixStore | None:
+    """The files of this model's prefixes; None where there shall be none, or the folder cannot be used."""
+    if not plan.prefix_folder or not plan.prefix_cache:
+        return None
+    layout = (plan.context_length, plan.kv_dtype, plan.block_size, plan.groups, plan.precise, plan.device.partition(":")[0])
+    kernels = (ops.chosen(), extension.isa(), __version__, torch.__version__)
+    identity = repr([*map(_file_identity, (plan.model_path, *plan.adapter_paths)), layout, kernels])
+    try:
+        return PrefixStore(Path(plan.prefix_folder), plan.prefix_bytes, identity)
+    except OSError as error:
+        log.warning("prefixes are not kept on disk: %s", error)
+        return None
+
+
+def _file_identity(path: str) -> object:
+    """A blob is named by its digest; another file is known by its size and time too."""
+    name = Path(path).name
+    if re.fullmatch(r"sha256[-:][0-9a-f]{64}", name):
+        return name
+    stat = os.stat(path)
+    return os.path.realpath(path), stat.st_size, stat.st_mtime_ns
 
 
 def read_vocabulary(path: str) -> Vocabulary:

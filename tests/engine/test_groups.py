@@ -7,7 +7,8 @@ from array import array
 
 import pytest
 
-from ollamapy.engine.blocks import GONE, BlockManager
+from ollamapy.engine.block_check import GONE
+from ollamapy.engine.blocks import BlockManager
 from ollamapy.engine.groups import blocks_of, layer_groups
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.engine.sequence import Sequence

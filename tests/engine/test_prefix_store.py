@@ -1,0 +1,260 @@
+"""Prefixes on disk: what comes back is what was written, whatever happened to the files; and engines that live on them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ollamapy.engine import prefixes
+from ollamapy.engine.engine import Engine
+from ollamapy.engine.prefix_store import PrefixStore
+from ollamapy.engine.protocol import Plan
+from tests.engine.fake import GROUPS, FakeModel, Run
+
+ROOT = Path(__file__).parents[2]
+PAGE = bytes(range(256)) * 16
+D = [bytes([i]) * 16 for i in range(40)]
+
+
+def opened(folder: Path, identity: str = "model", limit: int = 1 << 30) -> PrefixStore:
+    return PrefixStore(folder, limit, identity)
+
+
+def written(folder: Path, *digests: bytes, **more: object) -> PrefixStore:
+    store = opened(folder, **more)  # type: ignore[arg-type]
+    for digest in digests:
+        assert store.offer(digest, {0: PAGE, 2: digest * 256})
+    assert store.flush(10)
+    return store
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.kv"))
+
+
+def read(store: PrefixStore, *digests: bytes) -> list[bytes]:
+    """The digests whose pages came back whole."""
+    found = store.read(digests).result(10).pages
+    for digest, pages in found:
+        assert {group: bytes(page) for group, page in pages.items()} == {0: PAGE, 2: digest * 256}
+    return [digest for digest, _ in found]
+
+
+def test_what_was_written_is_read_after_a_restart(tmp_path: Path) -> None:
+    written(tmp_path / "p", *D[:3])
+    store = opened(tmp_path / "p")
+    assert store.has(D[0], 0b101) and not store.has(D[0], 0b10) and not store.has(D[9], 1)
+    assert read(store, D[0], D[1], D[2]) == D[:3] and read(store, D[0], D[9], D[1]) == D[:1]
+    assert store.num_bad == 0 and store.check() == []
+
+
+def test_files_are_the_owners_alone(tmp_path: Path) -> None:
+    written(tmp_path / "p", D[0])
+    for path in (tmp_path / "p").rglob("*"):
+        assert path.stat().st_mode & 0o77 == 0, path
+    assert (tmp_path / "p").stat().st_mode & 0o77 == 0
+
+
+@pytest.mark.parametrize("place", [0, 9, 30, 50, 60, 5000, 8200, -1])
+def test_a_changed_byte_is_found_out(tmp_path: Path, place: int) -> None:
+    written(tmp_path, *D[:2])
+    path = files(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+    store = opened(tmp_path)
+    assert read(store, D[0], D[1]) == [] and store.num_bad == 1
+    assert not path.exists() and not store.has(D[0], 1)
+    assert read(store, D[1]) == D[1:2]
+
+
+@pytest.mark.parametrize("size", [0, 10, 56, 4000, 8000, 20000])
+def test_a_cut_or_long_file_is_found_out(tmp_path: Path, size: int) -> None:
+    written(tmp_path, D[0])
+    path = files(tmp_path)[0]
+    path.write_bytes(path.read_bytes()[:size].ljust(size, b"x"))
+    store = opened(tmp_path)
+    assert read(store, D[0]) == [] and store.num_bad == 1 and files(tmp_path) == []
+
+
+def test_content_of_another_layout_is_not_taken(tmp_path: Path) -> None:
+    written(tmp_path, D[0], identity="f16")
+    other = opened(tmp_path, "f32")
+    assert not other.has(D[0], 1)
+    moved = other._folder / files(tmp_path)[0].name
+    moved.write_bytes(files(tmp_path)[0].read_bytes())
+    again = opened(tmp_path, "f32")
+    assert again.has(D[0], 1) and read(again, D[0]) == [] and again.num_bad == 1
+    moved = other._folder / files(tmp_path)[0].name.replace("00", "01")
+    moved.write_bytes(files(tmp_path)[0].read_bytes())
+    (tmp_path / "key").write_bytes(b"y" * 32)
+    assert read(opened(tmp_path, "f16"), D[0]) == [], "another secret names other folders"
+
+
+def test_two_engines_share_a_folder(tmp_path: Path) -> None:
+    first, second = opened(tmp_path), opened(tmp_path)
+    assert first.key == second.key
+    for store in (first, second):
+        for digest in D[:20]:
+            assert store.offer(digest, {0: PAGE, 2: digest * 256})
+    assert first.flush(10) and second.flush(10)
+    assert read(first, *D[:20]) == D[:20] and len(files(tmp_path)) == 20
+    for path in files(tmp_path):
+        path.unlink()
+    assert read(second, *D[:3]) == [] and second.num_bad == 0, "what another has deleted is not damage"
+
+
+def test_pages_are_added_to_a_block(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.offer(D[0], {0: PAGE})
+    store.offer(D[0], {0: PAGE, 2: D[0] * 256})
+    assert store.flush(10) and read(store, D[0]) == D[:1] and len(files(tmp_path)) == 1
+
+
+def test_the_least_used_go_first(tmp_path: Path) -> None:
+    store = written(tmp_path, *D[:8])
+    size = files(tmp_path)[0].stat().st_size
+    for age, path in enumerate(files(tmp_path)):
+        os.utime(path, (1000 + age, 1000 + age))
+    assert read(store, D[0]) == D[:1]
+    small = opened(tmp_path, limit=5 * size)
+    small.offer(D[9], {0: PAGE, 2: D[9] * 256})
+    assert small.flush(10)
+    time.sleep(0.05)
+    kept = [path.stem[:2] for path in files(tmp_path)]
+    assert len(kept) <= 5 and {"00", "09"} <= set(kept)
+
+
+def test_the_queue_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ollamapy.engine.prefix_store.MAX_QUEUED", 3 * len(PAGE))
+    monkeypatch.setattr(PrefixStore, "_write", lambda *_: time.sleep(0.2))
+    store = opened(tmp_path)
+    assert [store.offer(digest, {0: PAGE}) for digest in D[:5]] == [True, True, True, False, False] and store.is_full
+    assert store.check() == [] and store.flush(10) and not store.is_full
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from ollamapy.engine.prefix_store import PrefixStore
+store = PrefixStore(Path(sys.argv[1]), 1 << 30, "model")
+print("ready", flush=True)
+n = 0
+while n < int(sys.argv[2]):
+    digest = bytes([n % 40]) * 16
+    n += store.offer(digest, {0: bytes(range(256)) * 16, 2: digest * 256})
+store.flush(20)
+print(store.num_failed, store.num_written, store.is_paused)
+"""
+
+
+def child(folder: Path, count: int) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder), str(count)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_stops_the_writing_only(tmp_path: Path, small_files: None) -> None:
+    process = child(tmp_path, 30)
+    out, _ = process.communicate(timeout=60)
+    assert out.split() == ["ready", "1", "0", "True"] and process.returncode == 0
+    assert files(tmp_path) == [] and list(tmp_path.glob("*/tmp-*")) == []
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    for delay in (0.0, 0.01, 0.03):
+        process = child(tmp_path, 10**6)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        store = opened(tmp_path)
+        there = [digest for digest in D if store.has(digest, 1)]
+        assert [digest for digest in there if read(store, digest)] == there and store.num_bad == 0
+    assert there
+
+
+# --- engines ------------------------------------------------------------------------------------------------------
+
+PROMPT = [(7 * i) % 89 for i in range(100)]
+
+
+def running(folder: Path, **plan: object) -> Run:
+    run = Run(**plan)
+    run.engine = Engine(FakeModel(), run.engine.plan, store=opened(folder))
+    return run
+
+
+@pytest.fixture(autouse=True)
+def short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "UNMEASURED_TOKENS", 8)
+    monkeypatch.setattr(prefixes.Costs, "computed", lambda *_: None)
+
+
+@pytest.mark.parametrize("groups", [(), GROUPS])
+def test_a_second_use_is_kept_and_outlives_the_engine(tmp_path: Path, groups: object) -> None:
+    first = running(tmp_path, groups=groups, num_blocks=100)
+    expected = first.one(PROMPT, max_tokens=8).tokens
+    assert files(tmp_path) == [], "nothing shows yet that it is shared"
+    assert first.one(PROMPT, max_tokens=8).tokens == expected
+    store = first.engine.prefixes.store  # type: ignore[union-attr]
+    assert store.flush(10) and len(files(tmp_path)) == 24
+
+    second = running(tmp_path, groups=groups, num_blocks=100)
+    answer = second.one(PROMPT, max_tokens=8)
+    assert answer.tokens == expected and answer.finish is not None and answer.finish.cached_tokens == 96
+    assert second.engine.stats().disk_read_tokens == 96
+    salted = second.one(PROMPT, max_tokens=8, cache_salt="other")
+    assert salted.tokens == expected and salted.finish is not None and salted.finish.cached_tokens == 0
+
+
+def test_a_damaged_file_costs_time_only(tmp_path: Path) -> None:
+    first = running(tmp_path)
+    expected = first.one(PROMPT, max_tokens=8).tokens
+    first.one(PROMPT, max_tokens=8)
+    assert first.engine.prefixes.store.flush(10)  # type: ignore[union-attr]
+    for path in files(tmp_path)[::5]:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    second = running(tmp_path)
+    assert second.one(PROMPT, max_tokens=8).tokens == expected
+    assert second.engine.stats().disk_bad_files == 1 and second.engine.stats().integrity == "ok"
+
+
+def test_many_at_once_on_a_small_pool(tmp_path: Path) -> None:
+    """Restores and preemptions together; one of those that wait is aborted."""
+    first = running(tmp_path, num_blocks=40)
+    expected = [first.one(PROMPT[: 60 + i], max_tokens=30).tokens for i in range(8)]
+    assert first.engine.prefixes.store.flush(10)  # type: ignore[union-attr]
+    second = running(tmp_path, num_blocks=40, max_batch_tokens=16)
+    for i in range(8):
+        second.add(i, PROMPT[: 60 + i], max_tokens=30)
+    assert second.engine.prefixes.num_waiting > 0  # type: ignore[union-attr]
+    second.engine.abort(7)
+    answers = second.drain()
+    assert [answers[i].tokens for i in range(7)] == expected[:7]
+    assert answers[7].finish is not None and answers[7].finish.reason == "abort"
+
+
+def test_reading_is_chosen_by_cost() -> None:
+    costs = prefixes.Costs(prefill=1e-3, bandwidth=1e9)
+    assert costs.worth_reading(1000, 10**8) and not costs.worth_reading(1000, 10**9), "0.1 s, 1 s against a second"
+    assert not costs.worth_reading(32, 1000), "too short for a file"
+
+
+def test_no_store_without_a_folder() -> None:
+    assert Run().engine.prefixes is None and Plan("m").prefix_folder == ""
