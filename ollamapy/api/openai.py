@@ -72,6 +72,7 @@ class Sampled(msgspec.Struct, kw_only=True):
     options: dict[str, Any] = {}
     keep_alive: Any = None
     service_tier: str = ""
+    cache_salt: str | None = None
     debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
 
 
@@ -133,6 +134,7 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
         top_logprobs=request.top_logprobs,
         logit_bias=request.logit_bias,
         service_tier=request.service_tier,
+        cache_salt=request.cache_salt or "",
         debug_render_only=request.debug_render_only,
     )
 
@@ -172,6 +174,7 @@ def to_generate(request: CompletionRequest, prompt: str) -> GenerateRequest:
         top_logprobs=request.logprobs or 0,
         logit_bias=request.logit_bias,
         service_tier=request.service_tier,
+        cache_salt=request.cache_salt or "",
         debug_render_only=request.debug_render_only,
     )
 

@@ -111,9 +111,14 @@ def finish_reason(line: Reply) -> str | None:
     return _FINISH.get(line.done_reason, line.done_reason) or None
 
 
-def usage(line: Reply) -> dict[str, int]:
+def usage(line: Reply) -> dict[str, Any]:
     prompt, completion = line.prompt_eval_count, line.eval_count
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": line.prompt_eval_cached_count},
+    }
 
 
 def chat_logprobs(entries: Iterable[Logprob]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Inference(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_logprobs: int = 0
     logit_bias: dict[str, float] = {}  # ours here: OpenAI's, token id -> -100..100 added to its logit
     service_tier: str = ""  # ours, with OpenAI's words: flex goes behind other requests, priority before one's own
+    cache_salt: str = ""  # ours: prefixes are shared among requests with equal ones only
     debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +43,8 @@ class Inference(msgspec.Struct, kw_only=True, omit_defaults=True):
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise BadRequest(f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
         check_bias(self.logit_bias)
+        if len(self.cache_salt) > 256:
+            raise BadRequest("cache_salt must not have more than 256 characters")
         lifetime(self.keep_alive)
 
 
@@ -163,8 +166,9 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One line of an answer. The counts and durations stand in the last, which has `done`.
 
     Ours besides Ollama's: `draft_count` tokens were guessed ahead, of which `draft_accepted_count` came true; `truncated`
-    says that the prompt was cut to fit the context, `prompt_tokens_total` how many tokens it had before; `error` is the
-    whole content of a last line that reports a failure.
+    says that the prompt was cut to fit the context, `prompt_tokens_total` how many tokens it had before;
+    `prompt_eval_cached_count`, of prompt_eval_count, those found in the prefix cache; `error` is the whole content of a last
+    line that reports a failure.
     """
 
     model: str
@@ -175,6 +179,7 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     total_duration: int = 0
     load_duration: int = 0
     prompt_eval_count: int = 0
+    prompt_eval_cached_count: int = 0
     prompt_eval_duration: int = 0
     eval_count: int = 0
     eval_duration: int = 0

@@ -138,8 +138,7 @@ class Engine:
             told += self.scheduler.commit(schedule, results)
             self._num_steps += 1
             self._check_when_idle()
-        outputs = [each for each in told if isinstance(each, Output)]
-        events: list[Event] = [Step(outputs)] if outputs else []
+        events: list[Event] = [Step(outputs)] if (outputs := [each for each in told if isinstance(each, Output)]) else []
         events += [each for each in told if isinstance(each, Embedding)]
         return events
 

@@ -85,7 +85,8 @@ class Prefixes:
         if self.store.is_paused:
             return
         for seq in sequences:
-            if seq.num_computed and seq.num_computed == seq.num_cached and self._long(seq.num_cached):
+            begins = seq.num_computed and seq.num_computed == seq.num_cached
+            if begins and not seq.params.adapters and self._long(seq.num_cached):  # an adapter's file may change
                 self._want_written(seq, seq.num_cached // self.blocks.block_size)
 
     def _long(self, num_tokens: int) -> bool:
@@ -131,7 +132,7 @@ class Prefixes:
 
     def begin(self, seq: Sequence) -> bool:
         """Whether the store has more of a new sequence's prefix than the pool, enough to wait for: it is being read then."""
-        if seq.pooling is not None or not self.blocks.prefix_cache:
+        if seq.pooling is not None or seq.params.adapters or not self.blocks.prefix_cache:
             return False
         blocks, store = self.blocks, self.store
         here = blocks.lookup(seq).num_blocks

@@ -105,6 +105,7 @@ class Caller(msgspec.Struct, frozen=True):
 
     client: str = ""
     tier: ServiceTier = "default"
+    salt: str = ""  # of its key: callers share cached prefixes only where these are equal
 
 
 NOBODY = Caller()
@@ -205,6 +206,7 @@ class Output(msgspec.Struct, frozen=True):
     finish: Finish | None = None
     prompt_logprobs: list[TokenLogprob] = []  # of the prompt's next tokens, from its second on
     queue_ns: int = 0  # of its first one: from arrival to its first scheduled step
+    cached_tokens: int = 0  # of its prompt, on the first one
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

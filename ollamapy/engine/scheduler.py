@@ -247,9 +247,9 @@ class Scheduler:
         return Output(seq.request_id, tokens, [entry for output in told for entry in output.logprobs], told[-1].finish)
 
     def _accept(self, seq: Sequence, result: Result, now: int) -> Output:
-        queued = 0
+        queued = cached = 0
         if not seq.first_token_ns:
-            seq.first_token_ns, queued = now, seq.first_scheduled_ns - seq.arrival_ns
+            seq.first_token_ns, queued, cached = now, seq.first_scheduled_ns - seq.arrival_ns, seq.num_cached
         seq.last_token_ns = now
         if seq.max_tokens == 0:  # only the prompt was wanted, in the cache
             self._remove(seq)
@@ -263,9 +263,9 @@ class Scheduler:
             self.blocks.release(seq)
             seq.shift()
         if result.token_id in seq.params.stop_ids:
-            return Output(seq.request_id, [], finish=ended)
+            return Output(seq.request_id, [], finish=ended, cached_tokens=cached)
         logprobs = [] if result.logprob is None else [result.logprob]
-        return Output(seq.request_id, [result.token_id], logprobs, ended, queue_ns=queued)
+        return Output(seq.request_id, [result.token_id], logprobs, ended, queue_ns=queued, cached_tokens=cached)
 
     def _fail(self, seq: Sequence, error: str, now: int) -> Output | Embedding:
         if seq.pooling is None:

@@ -122,7 +122,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         params = self.params
-        self.salt = params.cache_salt.encode() + (repr(params.adapters).encode() if params.adapters else b"")
+        self.salt = repr((self.caller.salt, params.cache_salt, params.adapters)).encode()
         self.num_prompt_tokens = len(self.token_ids)
         self.max_tokens = params.max_tokens if params.max_tokens >= 0 else MAX_CONTEXTS * self.context_length
         keep = self.num_prompt_tokens if params.num_keep < 0 else params.num_keep

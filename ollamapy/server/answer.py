@@ -36,6 +36,7 @@ class End(NamedTuple):
     eval_count: int
     prompt_ns: int
     decode_ns: int
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
     drafted_tokens: int = 0  # guessed ahead, and those of them that came true
     accepted_tokens: int = 0
     context_shifts: int = 0
@@ -142,13 +143,14 @@ async def answer(
                 told.clear()
             shown = text.feed(output)
             finish = output.finish
+            record.cached_tokens += output.cached_tokens
             for piece in _pieces(parser.feed(shown) if shown else [], text.take_logprobs()):
                 yield piece
             if text.ended:
                 break
     for piece in _pieces(parser.feed(text.flush(), done=True), text.take_logprobs()):
         yield piece
-    end = _end(text, finish, first - start, last - first)
+    end = _end(text, finish, first - start, last - first)._replace(cached_tokens=record.cached_tokens)
     record.generated(end.reason, finish)
     yield Piece(end=end)
 

@@ -29,7 +29,9 @@ def caller_of(headers: Headers, address: str) -> Caller:
     program opens as many connections as it likes. An unknown tier in the header is the default one."""
     key = headers.get("authorization") or headers.get("x-api-key") or ""
     client = f"key {hashlib.blake2b(key.encode(), digest_size=8, key=_SECRET).hexdigest()}" if key else address
-    return Caller(client, _TIERS.get(headers.get(TIER_HEADER, "").lower(), "default"))
+    # The same after a restart, as prefixes on disk are; the engine hashes it with a secret.
+    salt = hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
+    return Caller(client, _TIERS.get(headers.get(TIER_HEADER, "").lower(), "default"), salt)
 
 
 def with_tier(caller: Caller, asked: str) -> Caller:
@@ -39,4 +41,4 @@ def with_tier(caller: Caller, asked: str) -> Caller:
     tier = _TIERS.get(asked)
     if tier is None:
         raise BadRequest(f"invalid service_tier: {asked!r} (must be one of {', '.join(filter(None, _TIERS))})")
-    return Caller(caller.client, tier)
+    return Caller(caller.client, tier, caller.salt)

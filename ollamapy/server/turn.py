@@ -132,7 +132,7 @@ def _params(
         raise BadRequest(f"logit_bias: token {beyond[0]} is not in the vocabulary of {loaded.tokenizer.vocab_size}")
     adapters = tuple((str(path), 1.0) for path in loaded.model.adapter_paths)
     params = msgspec.structs.replace(params, shift=request.shift, logprobs=logprobs, grammar=grammar)
-    return msgspec.structs.replace(params, logit_bias=bias, adapters=adapters)
+    return msgspec.structs.replace(params, logit_bias=bias, adapters=adapters, cache_salt=request.cache_salt)
 
 
 async def _check(services: Services, model: LocalModel, request: Inference, turn: Turn) -> Think:
@@ -184,6 +184,7 @@ def _last(piece: Piece, prompt: Prompt, arrival: int, load_ns: int) -> Said:
         "total_duration": time.monotonic_ns() - arrival,
         "load_duration": load_ns,
         "prompt_eval_count": len(prompt.ids),
+        "prompt_eval_cached_count": end.cached_tokens,
         "prompt_eval_duration": end.prompt_ns,
         "eval_count": end.eval_count,
         "eval_duration": end.decode_ns,

@@ -194,7 +194,7 @@ def plain(value: object) -> Any:
 
 def test_chat_stream() -> None:
     stream = ChatStream("m", include_usage=True)
-    last = line(done=True, done_reason="stop", prompt_eval_count=4, eval_count=2)
+    last = line(done=True, done_reason="stop", prompt_eval_count=4, prompt_eval_cached_count=3, eval_count=2)
     chunks = plain([c for one in (line(thinking="hm"), line("Hi"), line(" you"), last) for c in stream.feed(one)])
     assert {(c["id"], c["created"], c["model"], c["object"]) for c in chunks} == {
         (stream.id, stream.created, "m", "chat.completion.chunk")
@@ -204,7 +204,8 @@ def test_chat_stream() -> None:
     ]  # fmt: skip
     assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None, None, None, "stop"]
     assert chunks[-1]["choices"] == [] and all(c["usage"] is None for c in chunks[:-1])
-    assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    counts = {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}
+    assert chunks[-1]["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 3}}
 
 
 def test_an_empty_answer_still_has_its_role() -> None:
