@@ -94,7 +94,7 @@ def open_store(plan: Plan) -> PrefixStore | None:
         return None
     layout = (plan.context_length, plan.kv_dtype, plan.block_size, plan.groups, plan.precise, plan.device.partition(":")[0])
     kernels = (ops.chosen(), extension.isa(), __version__, torch.__version__)
-    identity = repr([*map(_file_identity, (plan.model_path, *plan.adapter_paths)), layout, kernels])
+    identity = repr([_file_identity(plan.model_path), layout, kernels])
     try:
         return PrefixStore(Path(plan.prefix_folder), plan.prefix_bytes, identity)
     except OSError as error:
