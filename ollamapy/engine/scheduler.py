@@ -34,8 +34,7 @@ class Scheduler:
         self.whole_prompts = whole_prompts
         self.max_num_seqs = plan.max_num_seqs
         most = max(plan.max_batch_tokens, plan.max_num_seqs)  # all that decode fit into one step
-        windows = [group.window for group in plan.groups] or [0]
-        reuse = plan.prefix_cache and not whole_prompts
+        reuse, windows = plan.prefix_cache and not whole_prompts, [group.window for group in plan.groups] or [0]
         self.blocks = BlockManager(plan.num_blocks, plan.block_size, reuse, windows, most, key)
         self.pace = Pace(most, plan.slowdown)
         self.shares = Shares()
