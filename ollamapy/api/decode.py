@@ -13,7 +13,8 @@ MAX_DEPTH = 64
 MAX_BIASED = 1024  # entries of logit_bias
 _T = TypeVar("_T")
 # Objects under these names are the user's own: a null in them is a value.
-_VERBATIM = frozenset(["arguments", "tools", "format", "response_format", "model_info", "info"])
+_VERBATIM = frozenset(["arguments", "tools", "format", "response_format", "json_schema", "model_info", "info"])
+_VERBATIM |= {"guided_json", "structured_outputs"}
 
 
 def decode(body: bytes | bytearray, type: type[_T]) -> _T:

@@ -32,6 +32,13 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_call_id: str = ""
 
 
+class AnswerMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
+    role: str
+    content: str
+    thinking: str = ""
+    tool_calls: list[ToolCall] = []
+
+
 class Tool(msgspec.Struct, omit_defaults=True):
     """A function the model may call. `function` is kept as the client sent it, in its key order."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ollamapy.api.messages import Message, ToolCall, ToolCallFunction
+from ollamapy.api.openai_format import Structured, asked_format
 from ollamapy.api.types import MAX_TOP_LOGPROBS, ChatRequest, EmbedRequest, GenerateRequest
 from ollamapy.errors import BadRequest, ContextOverflow, OllamapyError
 
@@ -52,7 +53,7 @@ class ChatMessage(msgspec.Struct):
     tool_call_id: str = ""
 
 
-class Sampled(msgspec.Struct, kw_only=True):
+class Sampled(Structured, kw_only=True):
     """What both completion requests have in common. Fields that are not here are accepted and have no effect."""
 
     model: str = ""
@@ -82,7 +83,6 @@ class ChatCompletionRequest(Sampled, kw_only=True):
     tools: list[Any] = []
     tool_choice: Any = None
     functions: list[Any] = []
-    response_format: dict[str, Any] = {}
     modalities: list[str] = []
     reasoning_effort: str = ""
     reasoning: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
         model=request.model,
         messages=[message for given in request.messages for message in _messages(given, request.messages)],
         stream=request.stream,
-        format=_format(request.response_format),
+        format=asked_format(request),
         options=_options(request, request.max_completion_tokens),
         keep_alive=request.keep_alive,
         think=_think(request),
@@ -167,6 +167,7 @@ def to_generate(request: CompletionRequest, prompt: str) -> GenerateRequest:
         prompt=prompt,
         suffix=request.suffix,
         stream=request.stream,
+        format=asked_format(request),
         options=_options(request),
         keep_alive=request.keep_alive,
         truncate=False,
@@ -224,22 +225,6 @@ def _options(request: Sampled, max_completion_tokens: int | None = None) -> dict
         "stop": [text for text in stop if isinstance(text, str)] if isinstance(stop, list) else None,
     }
     return {**{name: value for name, value in given.items() if value is not None}, **request.options}
-
-
-def _format(given: dict[str, Any]) -> Any:
-    """Ollama's `format`. Schemas are always strict."""
-    kind = given.get("type", "text")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return "json"
-    if kind != "json_schema":
-        raise BadRequest(f"invalid response_format type: {kind!r} (must be 'text', 'json_object' or 'json_schema')")
-    named = given.get("json_schema")
-    schema = named.get("schema") if isinstance(named, dict) else None
-    if not isinstance(schema, dict):
-        raise BadRequest("response_format: json_schema needs an object 'schema'")
-    return schema
 
 
 def _think(request: ChatCompletionRequest) -> bool | str | None:

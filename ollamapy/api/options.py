@@ -15,13 +15,13 @@ import msgspec
 
 from ollamapy.errors import OptionError
 
-Kind = Literal["int", "float", "bool", "strings", "speculation"]
+Kind = Literal["int", "float", "bool", "strings", "text", "speculation"]
 Speculation = Literal["auto", "ngram", "draft", "off"]
 
 MIN_NUM_CTX = 4
 _INT32, _INT64 = 1 << 31, 1 << 63
 _FLOAT32_MAX = 3.4028234663852886e38
-_TYPE_NAMES = {"int": "integer", "float": "float32", "bool": "boolean", "strings": "array"}
+_TYPE_NAMES = {"int": "integer", "float": "float32", "bool": "boolean", "strings": "array", "text": "string"}
 _SPECULATIONS: tuple[Speculation, ...] = get_args(Speculation)
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -71,6 +71,7 @@ OPTIONS: dict[str, Option] = {
     "dry_sequence_breakers": Option("strings", ("\n", ":", '"', "*"), "Texts that end a repetition for DRY"),
     "xtc_probability": Option("float", 0.0, "How often the likeliest of several likely tokens are left out (XTC); 0: never"),
     "xtc_threshold": Option("float", 0.1, "Probability that makes a token likely for XTC; above 0.5: off"),
+    "grammar": Option("text", "", "GBNF or Lark grammar that every answer is held to"),
     "stop": Option("strings", (), "Text that ends the answer; may be given several times"),
 }
 
@@ -109,6 +110,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
+    grammar: str = ""
     stop: tuple[str, ...] = ()
 
 
@@ -151,6 +153,8 @@ def coerce(name: str, value: object) -> Any:
         if all(isinstance(item, str) for item in value):
             return tuple(value)
         raise OptionError(f'option "{name}" must be of an array of strings')
+    if kind == "text" and isinstance(value, str):
+        return value
     if kind == "speculation":
         if value in _SPECULATIONS:
             return value
@@ -177,7 +181,7 @@ def parse_text(name: str, values: Sequence[str]) -> Any:
         if not _FLOAT.fullmatch(text) or abs(float(text)) > _FLOAT32_MAX:
             raise OptionError(f"invalid float value [{shown}]")
         return float(text)
-    if option.kind == "speculation":
+    if option.kind in ("speculation", "text"):
         return coerce(name, text)
     if text not in _TRUE + _FALSE:
         raise OptionError(f"invalid bool value [{shown}]")

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from ollamapy.api.decode import check_bias, lifetime
-from ollamapy.api.messages import Message, Tool, ToolCall
+from ollamapy.api.messages import AnswerMessage, Message, Tool, ToolCall
 from ollamapy.errors import BadRequest
 
 MAX_TOP_LOGPROBS = 20
@@ -32,6 +32,7 @@ class Inference(msgspec.Struct, kw_only=True, omit_defaults=True):
     logprobs: bool = False
     top_logprobs: int = 0
     logit_bias: dict[str, float] = {}  # ours here: OpenAI's, token id -> -100..100 added to its logit
+    grammar: str = ""  # ours, as in llama.cpp: GBNF, or llguidance's Lark, that the answer is held to
     service_tier: str = ""  # ours, with OpenAI's words: flex goes behind other requests, priority before one's own
     cache_salt: str = ""  # ours: prefixes are shared among requests with equal ones only
     debug_render_only: bool = msgspec.field(name="_debug_render_only", default=False)
@@ -197,13 +198,6 @@ class GenerateResponse(Reply, kw_only=True, omit_defaults=True):
     tool_calls: list[ToolCall] = []
     context: list[int] = []
     prompt_logprobs: list[Logprob] = []  # of /v1/completions with echo: all of the prompt's tokens
-
-
-class AnswerMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
-    role: str
-    content: str
-    thinking: str = ""
-    tool_calls: list[ToolCall] = []
 
 
 class ChatResponse(Reply, kw_only=True, omit_defaults=True):

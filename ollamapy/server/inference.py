@@ -9,9 +9,8 @@ from typing import NamedTuple, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ollamapy.api.messages import Message
+from ollamapy.api.messages import AnswerMessage, Message
 from ollamapy.api.types import (
-    AnswerMessage,
     ChatRequest,
     ChatResponse,
     EmbeddingsRequest,

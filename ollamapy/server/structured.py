@@ -5,8 +5,10 @@
     {"regex": "[a-z]+"}          ours: a regular expression (Rust's syntax, no look-around) that the whole answer matches
     {"choices": ["yes", "no"]}   ours: one of these texts
     {"lark": "start: ..."}       ours: a grammar in llguidance's dialect of Lark
+    {"gbnf": "root ::= ..."}     ours: a grammar in llama.cpp's notation
+    {"grammar": "..."}           ours: either of these two
 
-An object with just one of the three keys is ours: as a schema it would allow everything.
+An object with just one of the five keys is ours: as a schema it would allow everything.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import re
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -25,6 +28,7 @@ import msgspec
 from ollamapy.chat.thinking import ThinkingParser
 from ollamapy.env import child_environment
 from ollamapy.errors import BadRequest
+from ollamapy.server.gbnf_lark import to_lark
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +39,8 @@ MAX_REMEMBERED = 256
 _ROOT = str(Path(__file__).parents[2])
 _START = f"import sys; sys.path.append({_ROOT!r}); from ollamapy.server.grammar_check import main; main()"
 COMMAND = (sys.executable, "-P", "-c", _START)
-_OURS = {"regex": str, "lark": str, "choices": list}
+_OURS = {"regex": str, "lark": str, "gbnf": str, "grammar": str, "choices": list}
+_IS_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:(?!:))", re.MULTILINE)
 # llguidance's default is any white space, of which small models write without end. One level of indentation a line break.
 _LAYOUT = {"whitespace_pattern": r"[ ]|\n[ \t]{0,24}"}
 _TOP = '%llguidance {"no_forcing": true}\n'  # tokens are the model's choice where their text is forced
@@ -167,8 +172,10 @@ def _entry(format: Any) -> dict[str, Any]:
     value = format[key]
     if not value or not isinstance(value, _OURS[key]):
         raise BadRequest(f'invalid format: "{key}" must be a {_OURS[key].__name__} that is not empty')
-    if key == "lark":
+    if key == "lark" or (key == "grammar" and _IS_LARK.search(value)):
         return {"lark_grammar": value}
+    if key in ("gbnf", "grammar"):
+        return {"lark_grammar": to_lark(value)}
     if key == "regex":
         return {"lark_grammar": f"start: /{_for_lark(value)}/"}
     if not all(isinstance(choice, str) and choice for choice in value):

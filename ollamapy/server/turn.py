@@ -86,9 +86,9 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         yield _said(done_reason="unload")
         return
     think = await _check(services, model, request, turn)
-    held_to = await services.formats.check(request.format)
     default = {"speculation": services.settings.speculation}
     options, notes = option_table.merge(default, model.params, request.options)
+    held_to = await services.formats.check(_format(request, options))
     warnings += notes
     async with services.residents.use(model, options, keep_alive, record.caller.client) as loaded:
         load_ns = time.monotonic_ns() - arrival
@@ -133,6 +133,16 @@ def _params(
     adapters = tuple((str(path), 1.0) for path in loaded.model.adapter_paths)
     params = msgspec.structs.replace(params, shift=request.shift, logprobs=logprobs, grammar=grammar)
     return msgspec.structs.replace(params, logit_bias=bias, adapters=adapters, cache_salt=request.cache_salt)
+
+
+def _format(request: Inference, options: Options) -> Any:
+    """The request's own comes before the model's PARAMETER grammar. Raises BadRequest for two of its own."""
+    if request.format in (None, ""):
+        grammar = request.grammar or options.grammar
+        return {"grammar": grammar} if grammar else None
+    if request.grammar or request.options.get("grammar"):
+        raise BadRequest("format and grammar: an answer can be held to only one of them")
+    return request.format
 
 
 async def _check(services: Services, model: LocalModel, request: Inference, turn: Turn) -> Think:

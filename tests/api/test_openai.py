@@ -11,10 +11,10 @@ import pytest
 
 from ollamapy.api import openai, openai_responses
 from ollamapy.api.decode import decode
+from ollamapy.api.messages import AnswerMessage
 from ollamapy.api.openai import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from ollamapy.api.openai_responses import ChatStream, CompletionStream
 from ollamapy.api.types import (
-    AnswerMessage,
     ChatRequest,
     ChatResponse,
     EmbedResponse,

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from ollamapy.api.decode import MAX_DEPTH, decode, lifetime
+from ollamapy.api.messages import AnswerMessage
 from ollamapy.api.types import (
-    AnswerMessage,
     ChatRequest,
     ChatResponse,
     CreateRequest,
