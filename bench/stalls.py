@@ -11,47 +11,66 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from bench.cpu import MODELS, model_path
-from bench.serve_http import Target, chat, percentile, prompt, render
+from bench.load import percentile
+from bench.table import align
+from bench.workloads import question
 from ollamapy.lifecycle.devices import physical_cores
 from tests import daemon
 
 Event = Callable[[httpx.AsyncClient], Awaitable[float]]
 IDLE_SECONDS = 4.0
 WORDS = "river stone candle orchard winter letter garden market window bridge harbour violin"
+CONTEXT = 8192
+
+
+@dataclass(slots=True)
+class Answer:
+    """When its pieces came. `ended`: no other comes."""
+
+    arrivals: list[float] = field(default_factory=list)
+    ended: bool = False
 
 
 class Chats:
-    """Chats that go on until they are stopped, and when their pieces came."""
+    """Chats that go on until they are stopped, an answer after the other."""
 
-    def __init__(self, client: httpx.AsyncClient, target: Target, count: int) -> None:
-        self._tasks = [asyncio.create_task(self._one(client, target, number)) for number in range(count)]
-        self.arrivals: list[list[float]] = [[] for _ in range(count)]
+    def __init__(self, client: httpx.AsyncClient, url: str, count: int) -> None:
+        self.answers: list[Answer] = []
+        self._tasks = [asyncio.create_task(self._one(client, url, number, count)) for number in range(count)]
 
-    async def _one(self, client: httpx.AsyncClient, target: Target, number: int) -> None:
-        options = {"temperature": 0, "num_predict": 20000, "seed": number}
-        body = {"model": target.model, "prompt": prompt(number), "stream": True, "options": options}
-        async with client.stream("POST", target.url + "/api/generate", json=body) as response:
-            response.raise_for_status()
-            async for _ in response.aiter_lines():
-                self.arrivals[number].append(time.perf_counter())
+    async def _one(self, client: httpx.AsyncClient, url: str, number: int, step: int) -> None:
+        while True:
+            options = {"temperature": 0.8, "num_predict": 4000, "seed": number}
+            body = {"model": "chat", "prompt": question(number), "stream": True, "options": options}
+            number += step
+            answer = Answer()
+            self.answers.append(answer)
+            async with client.stream("POST", url + "/api/generate", json=body) as response:
+                response.raise_for_status()
+                async for _ in response.aiter_lines():
+                    answer.arrivals.append(time.perf_counter())
+            answer.ended = True
 
     def gaps(self, start: float, end: float) -> dict[str, float]:
-        """Of pieces that came in (start, end], and of those that have not come yet."""
+        """Between pieces of one answer, of those that came in (start, end] and of those that have not come yet."""
         found = []
-        for times in self.arrivals:
-            seen = [*(at for at in times if at <= end), end]
-            found += [later - earlier for earlier, later in itertools.pairwise(seen) if later > start]
+        for answer in self.answers:
+            seen = [at for at in answer.arrivals if at <= end]
+            if seen and not (answer.ended and len(seen) == len(answer.arrivals)):
+                seen.append(end)
+            found += [later - earlier for earlier, later in pairwise(seen) if later > start]
         ends = {"gap_p50_ms": percentile(found, 50), "gap_p99_ms": percentile(found, 99), "gap_max_ms": max(found)}
         return {name: value * 1e3 for name, value in ends.items()}
 
@@ -61,14 +80,12 @@ class Chats:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def measured(
-    target: Target, count: int, happens: Callable[[httpx.AsyncClient], Awaitable[float]]
-) -> list[dict[str, Any]]:
+async def measured(url: str, count: int, happens: Event) -> list[dict[str, Any]]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits, trust_env=False) as client:
-        await chat(client, target, "Hello", 2)
-        chats = Chats(client, target, count)
-        while not all(len(times) > 20 for times in chats.arrivals):
+        await first_piece(client, url, {"model": "chat", "prompt": "Hello", "options": {"num_predict": 2}})
+        chats = Chats(client, url, count)
+        while sum(len(answer.arrivals) > 20 for answer in chats.answers) < count:
             await asyncio.sleep(0.05)
         rows: list[dict[str, Any]] = []
         for name, event in (("idle", _nothing), ("busy", happens), ("after", _nothing)):
@@ -100,6 +117,10 @@ def long_prompt(tokens: int) -> str:
     return " ".join(words[(at * 7 + at // 12) % len(words)] for at in range(tokens))
 
 
+def _shown(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", default="smollm2", help=f"one of {', '.join(MODELS)}")
@@ -111,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
-        daemon.running(Path(folder), OLLAMA_CONTEXT_LENGTH="6144", OLLAMA_KEEP_ALIVE="-1") as running,
+        daemon.running(Path(folder), OLLAMA_CONTEXT_LENGTH=str(CONTEXT), OLLAMA_KEEP_ALIVE="-1") as running,
     ):
         for name in filter(None, ("chat", "other" if args.load else "")):
             path = model_path(args.file if name == "chat" else args.load, args.folder)
@@ -123,9 +144,9 @@ def main() -> None:
         asked = {"model": "other", "prompt": "Hello", "options": options}
         if not args.load:
             asked = {"model": "chat", "prompt": long_prompt(args.prompt), "options": options}
-        rows = asyncio.run(measured(Target(url, "chat", "ollama"), args.chats, lambda client: first_piece(client, url, asked)))
-    columns = dict.fromkeys(column for row in rows for column in row)
-    print(render([{column: row.get(column) for column in columns} for row in rows]))
+        rows = asyncio.run(measured(url, args.chats, lambda client: first_piece(client, url, asked)))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    print("\n".join(align([columns, *([_shown(row.get(column, "")) for column in columns] for row in rows)])))
     print(json.dumps(rows))
 
 

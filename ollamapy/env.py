@@ -63,8 +63,8 @@ def _speculation(text: str) -> str:
     return text
 
 
-def _variable(name: str, parse: Callable[[str], Any], default: Any, help: str) -> Any:
-    return field(default=default, metadata={"name": name, "parse": parse, "help": help})
+def _variable(name: str, parse: Callable[[str], Any], default: Any, help: str, *, secret: bool = False) -> Any:
+    return field(default=default, metadata={"name": name, "parse": parse, "help": help, "secret": secret})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,14 @@ class Settings:
     max_queue_per_client: int = _variable(
         "OLLAMAPY_MAX_QUEUE_PER_CLIENT", _count, 0, "Requests of one client that may wait, per model (0: half of the queue)"
     )
+    api_keys: str = _variable(
+        "OLLAMAPY_API_KEYS",
+        str,
+        "",
+        "Keys, one of which requests must carry: a comma list, or a file's path",
+        secret=True,
+    )
+    api_key: str = _variable("OLLAMA_API_KEY", str, "", "Key that the command line sends", secret=True)
     context_length: int = _variable("OLLAMA_CONTEXT_LENGTH", _count, 0, "Default context length (0: by memory)")
     kv_cache_type: str = _variable(
         "OLLAMA_KV_CACHE_TYPE", str, "", "Type of the KV cache: f16, q8_0, bf16 or f32 (default f16)"
@@ -123,8 +131,9 @@ class Settings:
         return (self.cache_home if self.cache_home.parts else self.home / ".cache") / "ollamapy"
 
     def describe(self) -> dict[str, str]:
-        """Variable name -> value in force, for the start-up log."""
-        return {f.metadata["name"]: str(getattr(self, f.name)) for f in fields(self) if f.metadata["help"]}
+        """Variable name -> value in force, for the start-up log; of secrets only whether there is one."""
+        shown = {f.metadata["name"]: str(getattr(self, f.name)) for f in fields(self) if f.metadata["help"]}
+        return shown | {f.metadata["name"]: "set" for f in fields(self) if f.metadata["secret"] and getattr(self, f.name)}
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:

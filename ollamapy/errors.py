@@ -9,6 +9,7 @@
     │   ├── UnsupportedModel     400   architecture, tensors or types that this build cannot run
     │   ├── OptionError          400   an option or PARAMETER of the wrong type or range
     │   └── ContextOverflow      400   prompt longer than the context, with both counts
+    ├── Unauthorized             401   no API key, or a wrong one, where the server has keys
     ├── Forbidden                403   Host, Origin or policy
     ├── NotFound                 404   model, blob or route
     ├── TooSlow                  408   the request's body came slower than a client that is still there would send it
@@ -76,6 +77,10 @@ class ContextOverflow(BadRequest):
             "use a shorter prompt or a larger num_ctx"
         )
         self.num_tokens, self.context_length = num_tokens, context_length
+
+
+class Unauthorized(OllamapyError):
+    status = 401
 
 
 class Forbidden(OllamapyError):

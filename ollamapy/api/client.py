@@ -42,6 +42,7 @@ _CHUNK = 1 << 20
 _AGENT = f"ollamapy/{__version__} ({platform.machine()} {platform.system().lower()}) Python/{platform.python_version()}"
 _BY_STATUS: dict[int, type[errors.OllamapyError]] = {
     400: errors.BadRequest,
+    401: errors.Unauthorized,
     403: errors.Forbidden,
     404: errors.NotFound,
     413: errors.TooLarge,
@@ -58,17 +59,21 @@ class _Version(msgspec.Struct):
 
 
 class Client:
-    """Use as a context manager, or `close` it. There is no limit on how long an answer takes: a model may be loading."""
+    """Use as a context manager, or `close` it. There is no limit on how long an answer takes: a model may be loading.
 
-    def __init__(self, address: Address) -> None:
+    `api_key`: for servers that ask for one.
+    """
+
+    def __init__(self, address: Address, api_key: str = "") -> None:
         self.address = address
         local = Address.parse(address.url).is_loopback
+        authorization = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(
             base_url=address.url,
             timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),
             trust_env=not local,  # a proxy cannot reach this machine's loopback
             verify=address.scheme == "https",  # loading the certificates takes 20 ms
-            headers={"User-Agent": _AGENT, "Content-Type": "application/json"},
+            headers={"User-Agent": _AGENT, "Content-Type": "application/json", **authorization},
         )
 
     def __enter__(self) -> Client:

@@ -31,7 +31,8 @@ def connect(settings: env.Settings | None = None) -> Client:
     from ollamapy.api.address import Address
     from ollamapy.api.client import Client
 
-    return Client(Address.parse((settings or env.load()).host))
+    settings = settings or env.load()
+    return Client(Address.parse(settings.host), settings.api_key)
 
 
 def _print_version(ctx: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -61,8 +62,11 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+_OF_CLIENTS = ("OLLAMA_API_KEY", "OLLAMA_EDITOR", "OLLAMA_NOHISTORY")
+
+
 class _Serve(Command):
-    environment = tuple(name for name in env.Settings().describe() if name not in ("OLLAMA_EDITOR", "OLLAMA_NOHISTORY"))
+    environment = tuple(name for name in env.Settings().describe() if name not in _OF_CLIENTS)
 
 
 @cli.command(cls=_Serve)

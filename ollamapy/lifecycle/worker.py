@@ -9,6 +9,10 @@ import logging
 import os
 import re
 import socket
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,6 +35,8 @@ from ollamapy.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+NICE = 10  # of a load: a tenth of what a thread that generates gets where both want the same core
+
 
 def build_engine(plan: Plan, progress: Progress) -> Engine:
     """Loads the model, and its draft model. Raises GGUFError, UnsupportedModel, MemoryError and what torch raises."""
@@ -39,12 +45,12 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
     torch.set_num_interop_threads(1)
     kind = f"{plan.kv_dtype} KV{', precise' if plan.precise else ''}"
     log.info("loading %s on %s with %d threads, %s", Path(plan.model_path).name, plan.device, threads, kind)
-    model = _load(plan.model_path, plan, progress)
+    model = _yielding(lambda: _load(plan.model_path, plan, progress))
     kernels = ops.chosen()
     draft = None
     if plan.draft_path:
         check_vocabularies(plan.model_path, plan.draft_path)
-        draft = _load(plan.draft_path, plan, progress)
+        draft = _yielding(lambda: _load(plan.draft_path, plan, progress))
         differing = [op for op in _SHARED_OPS if ops.chosen()[op] != kernels[op]]
         if differing:
             raise UnsupportedModel(f"the draft model needs other kernels than the model it drafts for: {', '.join(differing)}")
@@ -75,6 +81,18 @@ def _load(path: str, plan: Plan, progress: Progress) -> Decoder:
             precise=plan.precise,
             spans=plan.spans if path == plan.model_path else (),
         )
+
+
+def _yielding(load: Callable[[], Decoder]) -> Decoder:
+    """What `load` returns; it runs in a thread, with threads of its own, that leave the cores to engines that generate."""
+
+    def run() -> Decoder:
+        if sys.platform == "linux":  # elsewhere a thread has no niceness of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        return load()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def check_vocabularies(path: str, draft_path: str) -> None:

@@ -23,6 +23,7 @@ from ollamapy.errors import NotSupported, OllamapyError, ServerBusy
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.server import compat, inference, library, metrics, tracing
 from ollamapy.server.catalog import Services
+from ollamapy.server.keys import Keys, read_keys
 from ollamapy.server.middleware import REQUEST_ID_HEADER, Disconnects, Guard, Recorded
 from ollamapy.server.record import Totals, current
 from ollamapy.server.stream import INTERNAL, JSON, error_response
@@ -99,7 +100,7 @@ def create_app(
 ) -> Starlette:
     """The server. Its lifespan starts the process that engines are forked from, and ends all engines.
 
-    `metrics_sockets`: listen already, on the address of `settings.metrics`.
+    `metrics_sockets`: listen already, on the address of `settings.metrics`. Raises KeysError.
     """
     services = Services(settings, Library(settings.models, noprune=settings.noprune), residents or Residents(settings))
     address, totals = Address.parse(settings.host), Totals()
@@ -133,7 +134,12 @@ def create_app(
 
     app = Starlette(
         routes=routes(),
-        middleware=[Middleware(Recorded, totals, spans), Middleware(Guard, address, settings.origins), Middleware(Disconnects)],
+        middleware=[
+            Middleware(Recorded, totals, spans),
+            Middleware(Guard, address, settings.origins),
+            Middleware(Keys, read_keys(settings.api_keys)),
+            Middleware(Disconnects),
+        ],
         exception_handlers={OllamapyError: failed, HTTPException: _refused, Exception: _broken},
         lifespan=lifespan,
     )

@@ -27,11 +27,17 @@ _TIERS: dict[str, ServiceTier] = {
 def caller_of(headers: Headers, address: str) -> Caller:
     """By API key, of whatever header clients send it in, else by the address that the request comes from; without a port, as a
     program opens as many connections as it likes. An unknown tier in the header is the default one."""
-    key = headers.get("authorization") or headers.get("x-api-key") or ""
+    key = key_of(headers)
     client = f"key {hashlib.blake2b(key.encode(), digest_size=8, key=_SECRET).hexdigest()}" if key else address
     # The same after a restart, as prefixes on disk are; the engine hashes it with a secret.
     salt = hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
     return Caller(client, _TIERS.get(headers.get(TIER_HEADER, "").lower(), "default"), salt)
+
+
+def key_of(headers: Headers) -> str:
+    """The key that a request carries, "" where there is none: of `Authorization: Bearer KEY`, or of `x-api-key`."""
+    scheme, _, key = headers.get("authorization", "").strip().partition(" ")
+    return (key.strip() if scheme.lower() == "bearer" else scheme) or headers.get("x-api-key", "").strip()
 
 
 def with_tier(caller: Caller, asked: str) -> Caller:

@@ -19,6 +19,7 @@ from ollamapy.env import Settings
 from ollamapy.errors import OllamapyError
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.server.app import create_app
+from ollamapy.server.keys import KeysError, read_keys
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +51,24 @@ class _Server(uvicorn.Server):
 
 
 def run(settings: Settings, residents: Residents | None = None) -> int:
-    """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 when the address cannot be listened on."""
+    """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 when the address cannot be
+    listened on or the keys cannot be read."""
     _set_up_logging(settings)
     address = Address.parse(settings.host)
     try:
+        keys = read_keys(settings.api_keys)
         sockets = listen(address)
         metrics_sockets = listen(Address.parse(settings.metrics)) if settings.metrics else []
-    except ListenError as error:
+    except (KeysError, ListenError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     log.info("server config %s", settings.describe())
-    if not address.is_loopback:
-        log.warning("listening on %s without authentication: everyone who reaches this port can use it", address.netloc)
+    if not address.is_loopback and not keys:
+        log.warning(
+            "listening on %s without authentication: everyone who reaches this port can use it and delete models; "
+            "set OLLAMAPY_API_KEYS",
+            address.netloc,
+        )
     config = uvicorn.Config(
         create_app(settings, residents, metrics_sockets),
         loop="uvloop",

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ollamapy.api import openai
-from ollamapy.errors import OllamapyError, ServerBusy
+from ollamapy.errors import OllamapyError, ServerBusy, Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,8 @@ def public_text(error: OllamapyError) -> str:
 def error_response(path: str, error: OllamapyError) -> Response:
     """In the form of the API that the path belongs to."""
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, ServerBusy) else {}
+    if isinstance(error, Unauthorized):
+        headers = {"WWW-Authenticate": "Bearer"}
     text = public_text(error)
     body = openai.error(error, text) if path.startswith("/v1/") else {"error": text}
     return JSON(body, error.status, headers)

@@ -84,7 +84,7 @@ def test_an_error_line_ends_the_stream() -> None:
         ("404 Not Found", b"404 page not found", errors.NotFound, "404 page not found"),
         ("500 Internal Server Error", b'{"error":"x"}', errors.OllamapyError, "x"),
         ("501 Not Implemented", b'{"error":"later"}', errors.NotSupported, "later"),
-        ("401 Unauthorized", b'{"error":{"message":"key"}}', errors.OllamapyError, "{'message': 'key'}"),
+        ("401 Unauthorized", b'{"error":{"message":"key"}}', errors.Unauthorized, "{'message': 'key'}"),
     ],
 )
 def test_statuses_are_errors(status: str, body: bytes, kind: type[errors.OllamapyError], text: str) -> None:

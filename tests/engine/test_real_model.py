@@ -55,7 +55,8 @@ def prompts(smollm2_path: Path) -> list[list[int]]:
 
 
 def make_engine(model: Decoder, **plan: object) -> Engine:
-    settings: dict[str, object] = {"num_blocks": 200, "block_size": 16, "context_length": 512, **plan}
+    # Unpaced: or what a step takes on this machine would decide what is in the next, and whether anything is preempted.
+    settings: dict[str, object] = {"num_blocks": 200, "block_size": 16, "context_length": 512, "slowdown": 0.0, **plan}
     return Engine(model, Plan("smollm2", **settings))  # type: ignore[arg-type]
 
 

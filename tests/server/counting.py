@@ -20,13 +20,16 @@ MODEL = "count"
 
 
 @contextmanager
-def counting(folder: Path, **variables: str) -> Iterator[Daemon]:
+def counting(folder: Path, key: str = "", **variables: str) -> Iterator[Daemon]:
+    """`key`: one that it asks for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(daemon, "SERVE", SERVE)
         with daemon.running(folder / "models", folder / "log", **variables) as made:
             fake_engine.write_model(folder / "count.gguf")
             content = (folder / "count.gguf").read_bytes()
             digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-            httpx.post(f"{made.url}/api/blobs/{digest}", content=content, trust_env=False).raise_for_status()
-            made.post("/api/create", {"model": MODEL, "files": {"count.gguf": digest}, "stream": False}).raise_for_status()
+            headers = {"x-api-key": key} if key else {}
+            httpx.post(f"{made.url}/api/blobs/{digest}", content=content, headers=headers, trust_env=False).raise_for_status()
+            asked = {"model": MODEL, "files": {"count.gguf": digest}, "stream": False}
+            made.post("/api/create", asked, headers=headers).raise_for_status()
             yield made

@@ -78,8 +78,8 @@ class Daemon:
 
 
 @contextmanager
-def running(models: Path, log: Path, **variables: str) -> Iterator[Daemon]:
-    daemon = Daemon(models, log, **variables)
+def running(models: Path, log: Path, port: int = 0, **variables: str) -> Iterator[Daemon]:
+    daemon = Daemon(models, log, port, **variables)
     try:
         yield daemon
     finally:

@@ -13,7 +13,7 @@ import pytest
 from ollamapy.api.options import Options
 from ollamapy.chat.interface import PlainParser
 from ollamapy.chat.thinking import DEFAULT_TAGS, ThinkingParser
-from ollamapy.engine.protocol import Finish, Output, SamplingParams, TokenLogprob
+from ollamapy.engine.protocol import Caller, Finish, Output, SamplingParams, TokenLogprob
 from ollamapy.errors import EngineError
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.server.answer import LOWEST_LOGPROB, MAX_REPEATS, Piece, answer, sampling
@@ -29,12 +29,14 @@ def tokenizer(smollm2_path: Path) -> Tokenizer:
 class Scripted:
     """Gives these tokens, `step` at a time; fails after them if told to."""
 
+    num_waiting = 0
+
     def __init__(self, ids: Sequence[int], step: int = 1, *, logprobs: bool = False, failure: str = "") -> None:
         self.ids, self.step, self.logprobs, self.failure = list(ids), step, logprobs, failure
         self.given = 0
         self.closed = False
 
-    async def generate(self, token_ids: list[int], params: SamplingParams) -> AsyncIterator[Output]:
+    async def generate(self, token_ids: list[int], params: SamplingParams, caller: Caller) -> AsyncIterator[Output]:
         try:
             for at in range(0, len(self.ids), self.step):
                 part = self.ids[at : at + self.step]
