@@ -49,4 +49,5 @@ class Inbox:
             outputs[-1].finish,
             [entry for output in outputs for entry in output.prompt_logprobs],
             max(output.queue_ns for output in outputs),
+            max(output.cached_tokens for output in outputs),
         )

@@ -150,7 +150,7 @@ async def answer(
                 break
     for piece in _pieces(parser.feed(text.flush(), done=True), text.take_logprobs()):
         yield piece
-    end = _end(text, finish, first - start, last - first)._replace(cached_tokens=record.cached_tokens)
+    end = _end(text, finish, first - start, last - first, record.cached_tokens)
     record.generated(end.reason, finish)
     yield Piece(end=end)
 
@@ -164,13 +164,21 @@ def _pieces(events: list[ChatEvent], logprobs: tuple[Logprob, ...]) -> list[Piec
     return pieces
 
 
-def _end(text: _Text, finish: Finish | None, prompt_ns: int, decode_ns: int) -> End:
+def _end(text: _Text, finish: Finish | None, prompt_ns: int, decode_ns: int, cached: int) -> End:
     """By the engine's own account, or by ours when a stop string or the repeat guard ended the answer before it did."""
     if text.ended or finish is None:
-        return End(text.ended or "stop", text.token_ids, text.count, prompt_ns, decode_ns)
-    times = finish.prompt_ns, finish.decode_ns
-    guesses = finish.drafted_tokens, finish.accepted_tokens
-    return End(finish.reason, text.token_ids, finish.completion_tokens, *times, *guesses, finish.num_shifts)
+        return End(text.ended or "stop", text.token_ids, text.count, prompt_ns, decode_ns, cached)
+    return End(
+        finish.reason,
+        text.token_ids,
+        finish.completion_tokens,
+        finish.prompt_ns,
+        finish.decode_ns,
+        cached_tokens=cached,
+        drafted_tokens=finish.drafted_tokens,
+        accepted_tokens=finish.accepted_tokens,
+        context_shifts=finish.num_shifts,
+    )
 
 
 class _Text:

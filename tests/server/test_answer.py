@@ -37,14 +37,16 @@ class Scripted:
         self.closed = False
 
     async def generate(self, token_ids: list[int], params: SamplingParams, caller: Caller) -> AsyncIterator[Output]:
+        counts = {"cached_tokens": 2, "drafted_tokens": 13, "accepted_tokens": 11, "num_shifts": 17}
         try:
             for at in range(0, len(self.ids), self.step):
                 part = self.ids[at : at + self.step]
                 self.given += len(part)
                 last = self.given == len(self.ids) and not self.failure
                 entries = [TokenLogprob(id, -float("inf") if id == part[0] else -1.0, [(id, -1.0)]) for id in part]
-                finish = Finish("length", completion_tokens=len(self.ids), prompt_ns=5, decode_ns=7) if last else None
-                yield Output(1, part, entries if self.logprobs else [], finish)
+                ended = Finish("length", completion_tokens=len(self.ids), prompt_ns=5, decode_ns=7, **counts)
+                cached = 0 if at else counts["cached_tokens"]
+                yield Output(1, part, entries if self.logprobs else [], ended if last else None, cached_tokens=cached)
                 await asyncio.sleep(0)
             if self.failure:
                 raise EngineError(self.failure)
@@ -71,7 +73,8 @@ def test_the_text_does_not_depend_on_the_steps(tokenizer: Tokenizer, step: int) 
     assert "".join(piece.content for piece in pieces) == TEXT and all("\ufffd" not in piece.content for piece in pieces)
     assert last.end is not None and last.end.token_ids == ids and last.content == ""
     assert (last.end.reason, last.end.eval_count, last.end.prompt_ns, last.end.decode_ns) == ("length", len(ids), 5, 7)
-    assert engine.closed
+    assert (last.end.cached_tokens, last.end.drafted_tokens, last.end.accepted_tokens) == (2, 13, 11)
+    assert last.end.context_shifts == 17 and engine.closed
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
