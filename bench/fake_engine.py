@@ -1,7 +1,8 @@
 """A daemon whose engines only count: the real server, pipe and loop around a model that costs nothing. No torch.
 
 `python bench/fake_engine.py serve` is `ollamapy serve` with such engines. Each request's tokens spell TEXT over and over;
-its option `seed` is the pace in steps per second, on a grid of CLOCK_MONOTONIC, 0 as fast as it goes.
+its option `seed` is the pace in steps per second, on a grid of CLOCK_MONOTONIC, 0 as fast as it goes. A prompt with
+words of TEXT in it is answered from the last of them on.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ CONTEXT = 8192
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}<|assistant|>"
 
 
-def text(num_tokens: int) -> str:
-    """What a request of so many tokens answers."""
-    return "".join(f" w{n % NUM_WORDS:03}" for n in range(num_tokens))
+def text(num_tokens: int, first: int = 0) -> str:
+    """What a request of so many tokens answers, from TEXT's word `first` on."""
+    return "".join(f" w{n % NUM_WORDS:03}" for n in range(first, first + num_tokens))
 
 
 def write_model(path: Path) -> None:
@@ -61,6 +62,7 @@ class Counter:
         self._plan = plan
         self._running: dict[int, tuple[int, int]] = {}  # request -> prompt tokens, most tokens
         self._done: dict[int, int] = {}
+        self._first: dict[int, int] = {}
         self._pace = 0
         self._steps = 0
 
@@ -72,12 +74,14 @@ class Counter:
         self._pace = max(0, params.seed)
         self._running[request_id] = (len(token_ids), params.max_tokens)
         self._done[request_id] = 0
+        self._first[request_id] = next((id - FIRST_WORD for id in reversed(token_ids) if id >= FIRST_WORD), 0)
 
     def embed(self, request_id: int, token_ids: list[int], caller: Caller) -> None:
         raise ValueError("it does not embed")
 
     def abort(self, request_id: int) -> None:
-        self._running.pop(request_id, None)
+        for held in (self._running, self._done, self._first):
+            held.pop(request_id, None)
 
     def step(self) -> list[Event]:
         if self._pace:
@@ -86,11 +90,11 @@ class Counter:
         self._steps += 1
         outputs = []
         for request_id, (prompt, most) in list(self._running.items()):
-            token = FIRST_WORD + self._done[request_id] % NUM_WORDS
+            token = FIRST_WORD + (self._first[request_id] + self._done[request_id]) % NUM_WORDS
             self._done[request_id] += 1
             finish = None
             if self._done[request_id] == most:
-                del self._running[request_id], self._done[request_id]
+                del self._running[request_id], self._done[request_id], self._first[request_id]
                 finish = Finish("length", prompt, completion_tokens=most, queue_ns=1000, prompt_ns=1000, decode_ns=1000)
             outputs.append(Output(request_id, [token], finish=finish))
         return [Step(outputs)] if outputs else list[Embedding]()

@@ -81,7 +81,7 @@ def instrument(bench: Bench, clock: Clock) -> None:
     engine, model = bench.engine, bench.model
     engine.scheduler.schedule = clock.around("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
     engine.scheduler.commit = clock.around("commit", engine.scheduler.commit)  # type: ignore[method-assign]
-    engine.sampler.sample = clock.around("sample", engine.sampler.sample)  # type: ignore[method-assign]
+    engine.execution.sampler.sample = clock.around("sample", engine.execution.sampler.sample)  # type: ignore[method-assign]
     engine.runner.logits = clock.around("logits", engine.runner.logits)  # type: ignore[method-assign]
     engine.runner.forward = clock.around("forward", engine.runner.forward)  # type: ignore[method-assign]
     engine_module.build_batch = clock.around("build batch", engine_module.build_batch)

@@ -14,15 +14,11 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-import torch
-from torch import Tensor
-
-from ollamapy.engine import prompt_logprobs
-from ollamapy.engine.adapters import Adapters, forward
+from ollamapy.engine.adapters import Adapters
 from ollamapy.engine.batch import RowAdapter
-from ollamapy.engine.build import num_wanted
+from ollamapy.engine.execution import Execution, failure_text
 from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
-from ollamapy.engine.pooling import pooled_result, pooling_of
+from ollamapy.engine.pooling import pooling_of
 from ollamapy.engine.prefix_store import PrefixStore
 from ollamapy.engine.prefixes import Prefixes
 from ollamapy.engine.protocol import (
@@ -39,11 +35,10 @@ from ollamapy.engine.protocol import (
     Step,
 )
 from ollamapy.engine.runner import Model, ModelRunner
-from ollamapy.engine.sampler import Sampler
-from ollamapy.engine.schedule import Schedule, finish
+from ollamapy.engine.schedule import finish
 from ollamapy.engine.scheduler import Scheduler
-from ollamapy.engine.sequence import Pooling, Result, Sequence, refusal
-from ollamapy.engine.speculation import Speculation, agreed
+from ollamapy.engine.sequence import Pooling, Sequence, refusal
+from ollamapy.engine.speculation import Speculation
 from ollamapy.engine.speculation_draft import DraftModel
 from ollamapy.errors import EngineError, OllamapyError
 
@@ -76,7 +71,7 @@ class Engine:
         self.scheduler = Scheduler(plan, not model.config.causal, store.key if store is not None else b"")
         self.prefixes = Prefixes(self.scheduler.blocks, self.runner.tensors, store) if store is not None else None
         self._pool_tokens = self.scheduler.blocks.max_tokens(plan.context_length)
-        self.sampler = Sampler()
+        self.execution = Execution(self.runner, plan)
         self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
         self.speculation = Speculation(plan, self.draft_model)
         self.grammars = Grammars(read_vocabulary)
@@ -129,7 +124,7 @@ class Engine:
             if self.prefixes is not None:
                 self.prefixes.note(schedule.sequences)
             start = time.perf_counter()
-            results = self._execute(schedule)
+            results = self.execution.run(schedule)
             seconds = time.perf_counter() - start
             self.speculation.observe(schedule, seconds)
             self.scheduler.pace.record(schedule.num_decode_rows, schedule.num_prompt_tokens, seconds)
@@ -253,70 +248,5 @@ class Engine:
                 self._enter(seq)
             else:
                 log.error("request %d: no grammar: %s", request_id, error)
-                text = str(error) if isinstance(error, EngineError) else _text(error)
+                text = str(error) if isinstance(error, EngineError) else failure_text(error)
                 self._pending.append(Output(request_id, [], finish=Finish("error", seq.num_prompt_tokens, error=text)))
-
-    # --- execution --------------------------------------------------------------------------------------------
-
-    def _execute(self, schedule: Schedule) -> list[list[Result]]:
-        """Runs a step. When it fails, its sequences are run one by one, once, so that only those at fault end."""
-        try:
-            return self._run(schedule)
-        except torch.AcceleratorError as error:  # every later call would fail too: the process has to be replaced
-            raise EngineError(f"the device {self.plan.device} failed: {error}") from error
-        except Exception as error:
-            log.exception("step of %d sequences failed", len(schedule))
-            if len(schedule) == 1:
-                return [[Result(error=_text(error))]]
-        return [self._execute(part)[0] for part in schedule.parts()]
-
-    def _run(self, schedule: Schedule) -> list[list[Result]]:
-        hidden = forward(self.runner, schedule, self.plan.block_size)
-        results: list[list[Result]] = [[] for _ in schedule.sequences]
-        sampled: list[int] = []  # indices of sequences that get a token, one for each row
-        sequences: list[Sequence] = []  # as they are at that row
-        rows: list[int] = []  # of `hidden`
-        row = 0
-        errors: dict[int, str] = {}  # by index
-        pooled: list[tuple[int, int, Tensor]] = []  # index, length and hidden states of sequences to embed
-        for index, (seq, length) in enumerate(zip(schedule.sequences, schedule.num_tokens, strict=True)):
-            count = num_wanted(seq, length)
-            if own := seq.num_to_tell(length):
-                errors[index] = prompt_logprobs.tell(
-                    seq, hidden[row : row + own], self.runner.logits, self.model.config.vocab_size
-                )
-                row, count = row + own, count - own
-            if seq.pooling is not None:
-                pooled.append((index, length, hidden[row : row + count]))
-            elif count:
-                sampled += [index] * count
-                sequences += seq.rows(count - 1)
-                rows += range(row, row + count)
-            row += count
-        if sampled:
-            wanted = hidden if len(rows) == hidden.shape[0] else hidden[rows]
-            for index, result in zip(sampled, self._sample(wanted, sequences), strict=True):
-                results[index].append(result)
-        for index, length, states in pooled:  # last: a step that is run again must not have pooled anything yet
-            found = pooled_result(schedule.sequences[index], length, states)
-            results[index] = [] if found is None else [found]
-        for index, error in errors.items():
-            results[index] = [Result(error=error)] if error else results[index]
-        return [agreed(seq.draft, found) for seq, found in zip(schedule.sequences, results, strict=True)]
-
-    def _sample(self, hidden: Tensor, sequences: list[Sequence]) -> list[Result]:
-        """Tokens after the hidden states (n, E). When that fails, row by row, so that only rows at fault do."""
-        try:
-            return self.sampler.sample(self.runner.logits(hidden), sequences)
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            log.exception("sampling of %d sequences failed", len(sequences))
-            if len(sequences) == 1:
-                return [Result(error=_text(error))]
-        return [self._sample(hidden[row : row + 1], [seq])[0] for row, seq in enumerate(sequences)]
-
-
-def _text(error: BaseException) -> str:
-    """For users: without the message, which may tell paths and addresses."""
-    return f"the model failed on this request ({type(error).__name__}); the log has the details"

@@ -227,7 +227,7 @@ class EngineProcess(asyncio.Protocol):
         elif isinstance(event, Embedding):
             self._resolve(self._embeds.get(event.request_id), event)
         elif isinstance(event, Stats):
-            self._resolve(self._stats.popleft(), event)
+            self._resolve(self._stats.popleft() if self._stats else None, event)
         elif isinstance(event, Loading):
             if self._on_progress is not None:
                 self._on_progress(event)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import pytest
+from torch import Tensor
 
+from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.errors import EngineError
 from tests.engine.fake import BREAKS_LOGITS, NOT_A_NUMBER, RAISES, FakeConfig, FakeModel, Run, alone
@@ -237,6 +240,26 @@ def test_broken_model_ends_each_request_once_and_serves_again() -> None:
     assert run.engine.stats().cached_blocks == 0, "nothing that a failed pass wrote is reused"
     run.model.broken = False
     assert run.one(PROMPT, max_tokens=6).tokens == alone(PROMPT, max_tokens=6).tokens
+
+
+def test_out_of_memory_in_a_step_makes_it_smaller() -> None:
+    """A batch that memory does not hold is run again one by one; only what alone is too much ends."""
+
+    class Small(FakeModel):
+        def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
+            if batch.num_tokens > 12:
+                raise MemoryError("no room")
+            return super().forward(batch, caches)
+
+    run = Run(model=Small())
+    prompts = {0: PROMPT[:5], 1: PROMPT[1:7], 2: [3] * 40, 3: PROMPT[2:8]}
+    for request_id, prompt in prompts.items():
+        run.add(request_id, prompt, max_tokens=6)
+    answers = run.drain()
+    failed = answers[2].finish
+    assert failed is not None and failed.reason == "error" and "MemoryError" in failed.error
+    for request_id in (0, 1, 3):
+        assert answers[request_id].tokens == alone(prompts[request_id], max_tokens=6).tokens
 
 
 def test_lost_device_ends_the_engine() -> None:

@@ -24,6 +24,14 @@ from ollamapy.errors import BadRequest, UnsupportedModel
 from ollamapy.gguf.reader import GGUFFile, is_gguf
 from ollamapy.lifecycle import forkserver
 from ollamapy.lifecycle.loop import Loop, Progress
+from ollamapy.lifecycle.wire import Kill, encode
+
+GARBAGE = {
+    "a frame too large": (protocol.MAX_FRAME + 1).to_bytes(4, "little"),
+    "no msgpack": b"\x01\0\0\0\xc1",
+    "a message of another pipe": encode(Kill(1)),
+    "a message for nobody": encode(Step([Output(10**9, [1])])) + encode(Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)),
+}
 
 
 class Faults(msgspec.Struct):
@@ -40,6 +48,8 @@ class Faults(msgspec.Struct):
     die_at_token: int = 0
     raise_at_token: int = 0
     hang_at_token: int = 0
+    memory_error_at_token: int = 0
+    garbage: str = ""  # of GARBAGE, sent at the second token
     weight_bytes: int = 1000
 
 
@@ -53,8 +63,8 @@ def read_faults(path: Path) -> Faults:
 class FakeEngine:
     """Counts. `max_tokens` of a request bounds it; an empty prompt is refused."""
 
-    def __init__(self, plan: Plan, faults: Faults) -> None:
-        self._plan, self._faults = plan, faults
+    def __init__(self, plan: Plan, faults: Faults, sock: socket.socket) -> None:
+        self._plan, self._faults, self._sock = plan, faults, sock
         self._running: dict[int, tuple[int, int, int]] = {}  # request -> prompt tokens, most tokens, tokens so far
         self._embeds: list[tuple[int, list[int]]] = []
         self._steps = 0
@@ -103,6 +113,10 @@ class FakeEngine:
             raise RuntimeError("CUDA error: device-side assert triggered")
         if count == self._faults.hang_at_token:
             time.sleep(1000)
+        if count == self._faults.memory_error_at_token:
+            raise MemoryError
+        if count == 2 and self._faults.garbage:
+            self._sock.sendall(GARBAGE[self._faults.garbage])
 
     def stats(self) -> Stats:
         return Stats(len(self._running), 0, 10, 0, 0, 10, 0, 0, 0, self._steps)
@@ -117,9 +131,9 @@ class FakeEngine:
                 file.write(line + "\n")
 
 
-def build(plan: Plan, progress: Progress) -> FakeEngine:
+def build(plan: Plan, progress: Progress, sock: socket.socket) -> FakeEngine:
     faults = read_faults(Path(plan.model_path))
-    engine = FakeEngine(plan, faults)
+    engine = FakeEngine(plan, faults, sock)
     engine.trace(f"load {os.getpid()} {json.dumps(msgspec.to_builtins(plan))}")
     if faults.hang_at_load:
         time.sleep(1000)
@@ -137,7 +151,7 @@ def build(plan: Plan, progress: Progress) -> FakeEngine:
 
 
 def main(sock: socket.socket, plan: Plan) -> None:
-    Loop(sock, plan, build).run()
+    Loop(sock, plan, lambda plan, progress: build(plan, progress, sock)).run()
 
 
 if __name__ == "__main__":

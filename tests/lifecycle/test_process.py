@@ -20,6 +20,7 @@ from ollamapy.errors import BadRequest, EngineError
 from ollamapy.lifecycle import hang, process
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.spawner import Spawner
+from tests.lifecycle.fake_forkserver import GARBAGE
 from tests.lifecycle.fakes import COMMAND, collect, exists, open_fds, wait_until, write_faults, written
 
 Test = Callable[[Spawner], Coroutine[Any, Any, None]]
@@ -169,6 +170,58 @@ def test_an_error_in_a_step_reaches_its_requests_and_ends_the_process(tmp_path: 
             assert isinstance(result, EngineError)
             assert "device-side assert" in str(result)
         await asyncio.wait_for(engine.died.wait(), 1)
+        await within(1, lambda: not exists(engine.pid))
+
+    run(check)
+
+
+def test_out_of_memory_in_a_step_says_so_and_the_next_engine_works(tmp_path: Path) -> None:
+    async def check(spawner: Spawner) -> None:
+        engine = await EngineProcess.start(spawner, plan(tmp_path / "m", memory_error_at_token=3))
+        for result in await asyncio.gather(*(collect(engine, 9) for _ in range(3)), return_exceptions=True):
+            assert isinstance(result, EngineError) and "out of memory on cpu" in str(result)
+        await within(1, lambda: not exists(engine.pid))
+        again = await EngineProcess.start(spawner, plan(tmp_path / "n"))
+        assert await collect(again, 3) == [1, 2, 3]
+        await again.close()
+
+    run(check)
+
+
+@pytest.mark.parametrize("garbage", [name for name in GARBAGE if name != "a message for nobody"])
+def test_what_is_no_event_ends_the_engine_and_all_its_requests_are_told(tmp_path: Path, garbage: str) -> None:
+    async def check(spawner: Spawner) -> None:
+        engine = await EngineProcess.start(spawner, plan(tmp_path / "m", garbage=garbage))
+        other = await EngineProcess.start(spawner, plan(tmp_path / "n"))
+        unaffected = asyncio.create_task(collect(other, 20))
+        for result in await asyncio.gather(*(collect(engine, 9) for _ in range(3)), return_exceptions=True):
+            assert isinstance(result, EngineError) and "cannot be read" in str(result)
+        await within(1, lambda: not exists(engine.pid))
+        assert await unaffected == list(range(1, 21))
+        await other.close()
+
+    run(check)
+
+
+def test_events_that_nobody_waits_for_are_passed_over(tmp_path: Path) -> None:
+    async def check(spawner: Spawner) -> None:
+        engine = await EngineProcess.start(spawner, plan(tmp_path / "m", garbage="a message for nobody"))
+        assert await collect(engine, 9) == list(range(1, 10))
+        assert (await engine.stats()).num_steps >= 9
+        await engine.close()
+
+    run(check)
+
+
+def test_what_is_no_command_ends_the_engine(tmp_path: Path) -> None:
+    async def check(spawner: Spawner) -> None:
+        engine = await EngineProcess.start(spawner, plan(tmp_path / "m"))
+        stream = asyncio.create_task(collect(engine, 100000))
+        await asyncio.sleep(0.05)
+        assert engine._transport is not None
+        engine._transport.write(GARBAGE["no msgpack"])
+        with pytest.raises(EngineError, match="the engine failed: DecodeError"):
+            await asyncio.wait_for(stream, 2)
         await within(1, lambda: not exists(engine.pid))
 
     run(check)
@@ -433,6 +486,7 @@ from pathlib import Path
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.spawner import Spawner
 from ollamapy.engine.protocol import Plan
+from tests.lifecycle.fake_forkserver import GARBAGE
 from tests.lifecycle.fakes import COMMAND, collect, written
 async def main():
     spawner = Spawner(COMMAND)
