@@ -1,140 +1,107 @@
-"""Where a model runs and how much context it gets: numbers in, a Plan out. Reads no file, asks no device, keeps no state.
+"""Where a model runs and how much context it gets: numbers in, a Placement out. Reads no file, asks no device, keeps no state.
 
-The rules are Ollama's where it has some; the figures at the top are ours.
+The rules are Ollama's where it has some: one GPU that holds all of it, else several, else layers on the GPUs and the others on
+the CPU, else the CPU.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from ollamapy.api.options import Options
-from ollamapy.engine.groups import blocks_of, group_size, layer_groups
-from ollamapy.engine.protocol import KVType, LayerGroup, Plan
+from ollamapy.engine.protocol import KVType
 from ollamapy.env import Settings
 from ollamapy.errors import EngineError
 from ollamapy.lifecycle.devices import GPU, Devices
-from ollamapy.lifecycle.sizes import Beside
+from ollamapy.lifecycle.fit import KV_BLOCKS, Model, Place, Placement
+from ollamapy.lifecycle.options import MIN_CONTEXT, RunnerOptions
+from ollamapy.lifecycle.sizes import Beside, WeightBytes
 from ollamapy.models.config import ModelConfig
 
 GIB = 1 << 30
 AUTO_CONTEXT = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))  # total GPU memory -> default context
-MIN_CONTEXT = 4
-BLOCK_SIZE = 16
-# KV room, in full contexts, when OLLAMA_NUM_PARALLEL does not say: enough that a small model serves many short chats at
-# once, and no more than that share of the memory that weights and workspace leave. A CPU touches blocks only as they
-# are first used; a GPU allocates them all.
-MAX_CONTEXTS = {"cpu": 8, "cuda": 32}
-KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
-MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
-BASE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of a process: interpreter and torch; a CUDA context with its libraries
 GPU_RESERVE = 457 << 20  # left free on each GPU, as Ollama does
-_BATCHES = ((32768, 2048), (4096, 1024), (0, 512))  # context above -> tokens per step
-_KV_BLOCKS: dict[KVType, tuple[int, int]] = {"f16": (2, 1), "bf16": (2, 1), "f32": (4, 1), "q8_0": (34, 32)}  # bytes, elements
 
 
 class DoesNotFit(EngineError):
     """Not even one context fits; it may once other models are unloaded."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunnerOptions:
-    """The options that shape an engine; None where the user leaves the choice."""
-
-    num_ctx: int | None = None
-    num_batch: int | None = None
-    num_gpu: int | None = None
-    main_gpu: int | None = None
-    num_thread: int | None = None
-    precise: bool | None = None
-
-    @classmethod
-    def of(cls, options: Options | Mapping[str, object]) -> RunnerOptions:
-        """Of merged `Options`, where a default stands for no choice, or of a mapping with only what was given."""
-        if isinstance(options, Options):
-            options = {name: getattr(options, name) for name in cls.__dataclass_fields__}
-            options["num_ctx"] = options["num_ctx"] or None  # merge() has made an explicit 0 a 4
-            options["num_batch"] = None if options["num_batch"] == Options().num_batch else options["num_batch"]
-        num_ctx, num_batch = _integer(options, "num_ctx"), _integer(options, "num_batch")
-        num_gpu, num_thread = _integer(options, "num_gpu"), _integer(options, "num_thread")
-        return cls(
-            num_ctx=None if num_ctx is None else max(MIN_CONTEXT, num_ctx),
-            num_batch=num_batch if num_batch is not None and num_batch > 0 else None,
-            num_gpu=num_gpu if num_gpu is not None and num_gpu >= 0 else None,
-            main_gpu=_integer(options, "main_gpu"),
-            num_thread=num_thread if num_thread is not None and num_thread > 0 else None,
-            precise=None if options.get("precise") is None else bool(options["precise"]),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A plan, the bytes it is expected to take, and what the user should know about it."""
-
-    plan: Plan
-    weight_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
-    notes: tuple[str, ...] = ()
-    spilled: bool = False  # on the CPU because no GPU has room
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A device that may be chosen: torch's name of it and the bytes that may be used there."""
-
-    device: str
-    free: int
-
-    @property
-    def kind(self) -> Literal["cpu", "cuda"]:
-        return "cpu" if self.device == "cpu" else "cuda"
-
-
 def plan(
     config: ModelConfig,
-    weights: Mapping[str, int],
+    weights: Mapping[str, WeightBytes],
     devices: Devices,
     settings: Settings,
     options: RunnerOptions,
     model_path: str = "",
     draft: Beside | None = None,
 ) -> Placement:
-    """The best GPU that holds the model with one full context, else the CPU, with as much KV room as is sensible.
+    """Where the model goes, with as much KV room as is sensible. `weights`: device kind -> bytes, see `sizes.weight_bytes`.
 
-    `weights`: device kind -> bytes, see `sizes.weight_bytes`.
-    A context that nobody asked for is lowered until it fits; one that was asked for is an error when it does not.
+    A context that nobody asked for is lowered until the GPUs hold all layers with it; one that was asked for stays, and then
+    layers go to the CPU. `num_gpu` layers go to the GPUs when it is fewer than all; OLLAMA_SCHED_SPREAD uses all GPUs at once.
     Raises DoesNotFit, and EngineError when a device is forced that is not there.
     """
     precise = settings.precise if options.precise is None else options.precise
     kv_dtype, notes = kv_type(settings.kv_cache_type, (config, *([draft.config] if draft else [])), precise)
-    if draft is not None:
-        weights = {kind: size + draft.weights[kind] for kind, size in weights.items()}
-    shape = _Shape(config, weights, settings, options, kv_dtype, precise, model_path, draft)
-    gpus = _gpu_places(devices, settings, options)
-    for place, context in [(p, c) for c in contexts(config, devices.gpus, settings, options) for p in gpus]:
-        placement = shape.on(place, context, devices.cpu_cores)
+    model = Model(config, weights, settings, options, kv_dtype, precise, model_path, draft)
+    gpus, cpu = _gpu_places(devices, settings, options), Place("cpu", devices.free_memory)
+    lengths = contexts(config, devices.gpus, settings, options)
+    for parts, context in _candidates(model, gpus, cpu, lengths):
+        placement = model.on(parts, context, devices.cpu_cores)
         if placement is not None:
-            if options.num_gpu is not None and options.num_gpu <= config.block_count:
-                notes.append(f"num_gpu={options.num_gpu}: a model is not split; all its layers run on the GPU")
-            return replace(placement, notes=(*notes, *placement.notes))
+            on_cpu = sum(len(layers) for place, layers in parts if place is cpu)
+            told = [*notes, *_split_notes(parts, on_cpu, settings, options), *placement.notes]
+            return replace(placement, notes=tuple(told), spilled=on_cpu > 0 and options.num_gpu is None)
     if gpus and _must_be_gpu(settings):
-        raise _does_not_fit(shape, gpus[0], contexts(config, devices.gpus, settings, options)[-1])
+        raise _does_not_fit(model, gpus[0], lengths[-1])
     if gpus:
         notes.append(f"does not fit on a GPU (the most free memory is {_size(gpus[0].free)}): runs on the CPU")
-    cpu = _Place("cpu", devices.free_memory)
     candidates = contexts(config, (), settings, options)
     for context in candidates:
-        placement = shape.on(cpu, context, devices.cpu_cores)
+        placement = model.on([(cpu, range(config.block_count))], context, devices.cpu_cores)
         if placement is not None:
             return replace(placement, notes=(*notes, *placement.notes), spilled=bool(gpus))
-    raise _does_not_fit(shape, cpu, candidates[-1])
+    raise _does_not_fit(model, cpu, candidates[-1])
+
+
+Candidate = tuple[list[tuple[Place, range]], int]
+
+
+def _candidates(model: Model, gpus: Sequence[Place], cpu: Place, lengths: Sequence[int]) -> Iterator[Candidate]:
+    """Ways to use the GPUs, best first: the layers of each place, and a context."""
+    if not gpus:
+        return
+    all_layers, wanted = range(model.config.block_count), model.options.num_gpu
+    several = list(reversed(gpus))  # the one with the most room is last: it has the head
+    if wanted is None or wanted > len(all_layers):
+        if not (model.settings.sched_spread and len(gpus) > 1):  # one with a shorter context is faster than two
+            yield from (([(place, all_layers)], context) for context in lengths for place in gpus)
+        if len(gpus) > 1:
+            yield from ((model.shared_out(several, all_layers, context), context) for context in lengths)
+        counts = range(len(all_layers) - 1, 0, -1)
+    else:
+        counts = range(wanted, wanted - 1, -1)
+    if _must_be_gpu(model.settings) and wanted is None:
+        return
+    for count in counts:
+        first = len(all_layers) - count
+        shared = model.shared_out(several, all_layers[first:], lengths[-1])
+        yield [*([(cpu, all_layers[:first])] if first else []), *shared], lengths[-1]
+
+
+def _split_notes(parts: Sequence[tuple[Place, range]], on_cpu: int, settings: Settings, options: RunnerOptions) -> list[str]:
+    """What a user should know of a model that is on more than one device."""
+    if len(parts) == 1:
+        return []
+    if options.num_gpu is not None:
+        why = "num_gpu"
+    elif on_cpu:
+        why = "the GPUs have no room for more"
+    else:
+        why = "OLLAMA_SCHED_SPREAD" if settings.sched_spread else "no GPU has room for all"
+    return [f"layers are split ({why}): {', '.join(f'{len(layers)} on {place.device}' for place, layers in parts)}"]
 
 
 def contexts(config: ModelConfig, gpus: Sequence[GPU], settings: Settings, options: RunnerOptions) -> list[int]:
@@ -157,11 +124,11 @@ def kv_type(name: str, configs: Sequence[ModelConfig], precise: bool) -> tuple[K
     wanted, asked = name.lower() or "f16", f"OLLAMA_KV_CACHE_TYPE={name}"
     if precise:
         return "f32", [f"{asked}: a precise model has a KV cache of f32"] if name and wanted != "f32" else []
-    chosen = next((kind for kind in _KV_BLOCKS if kind == wanted), None)
+    chosen = next((kind for kind in KV_BLOCKS if kind == wanted), None)
     if chosen is None:
         return "f16", [f"{asked} is not supported: the KV cache is f16"]
     lengths = [length for config in configs for length in (*config.key_length, *config.value_length)]
-    odd = [length for length in lengths if length % _KV_BLOCKS[chosen][1]]
+    odd = [length for length in lengths if length % KV_BLOCKS[chosen][1]]
     return ("f16", [f"{asked}: heads of {odd[0]} are not whole blocks of 32: the KV cache is f16"]) if odd else (chosen, [])
 
 
@@ -169,95 +136,7 @@ def wants_cpu(devices: Devices, settings: Settings, options: RunnerOptions) -> b
     return options.num_gpu == 0 or settings.device == "cpu" or (not devices.gpus and not _must_be_gpu(settings))
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What is to be placed."""
-
-    config: ModelConfig
-    weights: Mapping[str, int]
-    settings: Settings
-    options: RunnerOptions
-    kv_dtype: KVType
-    precise: bool
-    model_path: str
-    draft: Beside | None
-
-    def batch_tokens(self, context: int) -> int:
-        return self.options.num_batch or next(tokens for above, tokens in _BATCHES if context > above)
-
-    def groups(self, context: int) -> tuple[LayerGroup, ...]:
-        """Layers whose windows are shorter than the context give their older blocks back, where all layers have equal heads."""
-        config = self.config
-        shapes = set(zip(config.num_kv_heads, config.key_length, config.value_length, strict=True))
-        return layer_groups(config.windows, context) if config.causal and len(shapes) == 1 else ()
-
-    def block_bytes(self, groups: Sequence[LayerGroup]) -> int:
-        layers = len(self.config.windows)
-        all_layers = self.config.kv_bytes_per_token(*_KV_BLOCKS[self.kv_dtype]) * BLOCK_SIZE
-        return all_layers // layers * group_size(groups, layers) if groups else all_layers
-
-    def context_blocks(self, context: int, groups: Sequence[LayerGroup]) -> int:
-        """Blocks that one sequence of a full context holds at most."""
-        windows = [group.window for group in groups] or [0]
-        return blocks_of(context, windows, BLOCK_SIZE, self.batch_tokens(context))
-
-    def draft_bytes(self, context: int) -> int:
-        """Of a draft model's KV cache for one context."""
-        return (
-            0
-            if self.draft is None
-            else -(-context // BLOCK_SIZE) * BLOCK_SIZE * self.draft.config.kv_bytes_per_token(*_KV_BLOCKS[self.kv_dtype])
-        )
-
-    def context_bytes(self, context: int) -> int:
-        groups = self.groups(context)
-        return self.context_blocks(context, groups) * self.block_bytes(groups) + self.draft_bytes(context)
-
-    def workspace_bytes(self, kind: str, context: int) -> int:
-        """Process, activations (some 24 float32 rows of the embedding's width per token) and logits (4 rows per sequence)."""
-        rows = 24 * self.batch_tokens(context) * self.config.embedding_length
-        logits = 4 * MAX_NUM_SEQS[kind] * self.config.vocab_size
-        return BASE_BYTES[kind] + 4 * (rows + logits)
-
-    def on(self, place: _Place, context: int, cpu_cores: int) -> Placement | None:
-        """None when not even one context fits."""
-        workspace = self.workspace_bytes(place.kind, context)
-        groups = self.groups(context)
-        blocks, nbytes = self.context_blocks(context, groups), self.context_bytes(context)
-        left = place.free - self.weights[place.kind] - workspace
-        if nbytes > left:
-            return None
-        wanted = self.settings.num_parallel or MAX_CONTEXTS[place.kind]
-        fitting = int(left * KV_SHARE[place.kind]) // nbytes if nbytes else wanted
-        count = max(1, min(wanted, fitting))
-        notes = (
-            [f"OLLAMA_NUM_PARALLEL={wanted} does not fit: KV room for {count} contexts"]
-            if (self.settings.num_parallel and count < wanted)
-            else []
-        )
-        batch_tokens = self.batch_tokens(context)
-        made = Plan(
-            model_path=self.model_path,
-            draft_path=self.draft.path if self.draft is not None else "",
-            num_draft_blocks=count * -(-context // BLOCK_SIZE) if self.draft is not None else 0,
-            device=place.device,
-            kv_dtype=self.kv_dtype,
-            block_size=BLOCK_SIZE,
-            num_blocks=count * blocks,
-            context_length=context,
-            max_num_seqs=min(MAX_NUM_SEQS[place.kind], batch_tokens),
-            max_batch_tokens=batch_tokens,
-            num_threads=self.options.num_thread or cpu_cores,
-            kernels=self.settings.kernels,
-            groups=groups,
-            precise=self.precise,
-            prefix_folder=str(self.settings.cache_folder / "prefixes") if self.settings.prefix_cache_bytes else "",
-            prefix_bytes=self.settings.prefix_cache_bytes,
-        )
-        return Placement(made, self.weights[place.kind], count * nbytes, workspace, tuple(notes))
-
-
-def _gpu_places(devices: Devices, settings: Settings, options: RunnerOptions) -> list[_Place]:
+def _gpu_places(devices: Devices, settings: Settings, options: RunnerOptions) -> list[Place]:
     """GPUs that may be used, the one with the most free memory first. Raises EngineError for a forced one that is not there."""
     if settings.device and not re.fullmatch(r"cpu|cuda(:\d+)?", settings.device):
         raise EngineError(f"OLLAMAPY_DEVICE={settings.device}: must be cpu, cuda or cuda:<number>")
@@ -268,7 +147,7 @@ def _gpu_places(devices: Devices, settings: Settings, options: RunnerOptions) ->
         raise EngineError(f"OLLAMAPY_DEVICE={settings.device}: there is no such GPU (found: {names})")
     if wants_cpu(devices, settings, options):
         return []
-    places = [_Place(f"cuda:{gpu.index}", max(0, gpu.free - settings.gpu_overhead - GPU_RESERVE)) for gpu in gpus]
+    places = [Place(f"cuda:{gpu.index}", max(0, gpu.free - settings.gpu_overhead - GPU_RESERVE)) for gpu in gpus]
     return sorted(places, key=lambda place: -place.free)
 
 
@@ -276,8 +155,8 @@ def _must_be_gpu(settings: Settings) -> bool:
     return settings.device.startswith("cuda")
 
 
-def _does_not_fit(shape: _Shape, place: _Place, context: int) -> DoesNotFit:
-    need = shape.weights[place.kind] + shape.workspace_bytes(place.kind, context) + shape.context_bytes(context)
+def _does_not_fit(model: Model, place: Place, context: int) -> DoesNotFit:
+    need = model.need(place, context)
     kind = "system" if place.kind == "cpu" else "GPU"
     return DoesNotFit(
         f"model requires more {kind} memory ({_size(need)} with a context of {context} tokens) than is available "
@@ -287,8 +166,3 @@ def _does_not_fit(shape: _Shape, place: _Place, context: int) -> DoesNotFit:
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / GIB:.1f} GiB"
-
-
-def _integer(options: Mapping[str, object], name: str) -> int | None:
-    value = options.get(name)
-    return int(value) if isinstance(value, int | float) else None

@@ -13,7 +13,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ollamapy.engine.protocol import EngineInfo
 from ollamapy.lifecycle.files import ModelFile
-from ollamapy.lifecycle.placement import Placement, RunnerOptions
+from ollamapy.lifecycle.fit import Placement
+from ollamapy.lifecycle.options import RunnerOptions
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.models.config import ModelConfig
 from ollamapy.names import ModelName
@@ -100,21 +101,34 @@ class Resident:
     def on_gpu(self) -> bool:
         return self.placement.plan.device != "cpu"
 
+    @property
+    def gpu_layers(self) -> int:
+        """How many of the model's layers are on GPUs."""
+        plan, layers = self.placement.plan, self.file.config.block_count
+        if not plan.spans:
+            return layers if self.on_gpu else 0
+        return sum(span.num_layers for span in plan.spans if span.device != "cpu")
+
     def serves(self, wanted: RunnerOptions) -> bool:
         """Whether a request with these options can run on this engine; choices left open never need another."""
         plan, trained = self.placement.plan, self.file.config.context_length
         num_ctx = min(wanted.num_ctx or 0, trained) if trained else wanted.num_ctx or 0
-        if self.on_gpu:
-            right_device = wanted.num_gpu != 0 and wanted.main_gpu in (None, int(plan.device.partition(":")[2] or 0))
-        else:  # a model that is here because no GPU holds it need not be loaded again to see that
-            right_device = not wanted.num_gpu or self.made_for.num_gpu != 0
+        main = int(plan.device.partition(":")[2] or 0) if self.on_gpu else wanted.main_gpu
         return (
             num_ctx <= plan.context_length
-            and right_device
+            and self._has_on_gpus(wanted.num_gpu)
+            and wanted.main_gpu in (None, main)
             and wanted.num_batch in (None, plan.max_batch_tokens)
             and wanted.num_thread in (None, plan.num_threads)
             and wanted.precise in (None, plan.precise)
         )
+
+    def _has_on_gpus(self, num_gpu: int | None) -> bool:
+        """A model that has fewer layers there than were asked for need not be loaded again to see that there is no room."""
+        asked, here = self.made_for.num_gpu, self.gpu_layers
+        if num_gpu is None or num_gpu == asked or min(num_gpu, self.file.config.block_count) == here:
+            return True
+        return num_gpu > here and (asked is None or asked > here)
 
     def add_users(self, count: int) -> None:
         self.users += count
@@ -159,7 +173,7 @@ class Resident:
     def unused_bytes(self) -> int:
         """Memory that it may still take on this machine: KV blocks of a CPU engine are only taken when first used."""
         info = self.engine.info
-        return 0 if self.on_gpu else max(0, info.weight_bytes + info.kv_bytes - self.engine.memory())
+        return max(0, info.weight_bytes + info.kv_bytes - info.vram_bytes - self.engine.memory())
 
     def loaded(self, model: M, load_ns: int) -> LoadedModel[M]:
         file = self.file

@@ -21,8 +21,10 @@ from ollamapy.lifecycle import placement
 from ollamapy.lifecycle.breaker import Breaker
 from ollamapy.lifecycle.devices import Devices, wait_for_gpu_memory
 from ollamapy.lifecycle.files import ModelFile, ModelFiles
+from ollamapy.lifecycle.fit import Placement
 from ollamapy.lifecycle.limits import Limits
-from ollamapy.lifecycle.placement import DoesNotFit, Placement, RunnerOptions
+from ollamapy.lifecycle.options import RunnerOptions
+from ollamapy.lifecycle.placement import DoesNotFit
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.resident import Key, Load, LoadedModel, M, ModelLike, Resident, Running
 from ollamapy.lifecycle.sizes import read_beside, weight_bytes

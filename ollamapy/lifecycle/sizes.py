@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +14,26 @@ from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile, TensorInfo
 from ollamapy.models.config import ModelConfig
 
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of a model's weights: of each layer, and of what belongs to none."""
+
+    layers: tuple[int, ...]
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.layers) + self.rest
+
 
 class Beside(NamedTuple):
     """A draft model that goes where the model goes; `weights` as in `plan`."""
 
     path: str
     config: ModelConfig
-    weights: Mapping[str, int]
+    weights: Mapping[str, WeightBytes]
 
 
 def read_beside(path: Path, packed_on: Sequence[str], settings: Settings) -> Beside:
@@ -33,20 +47,26 @@ def read_beside(path: Path, packed_on: Sequence[str], settings: Settings) -> Bes
         return Beside(str(path), ModelConfig.from_gguf(metadata), weight_bytes(tensors, packed_on, settings))
 
 
-def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], settings: Settings) -> dict[str, int]:
+def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], settings: Settings) -> dict[str, WeightBytes]:
     """Device kind -> bytes that the weights take there once loaded.
 
-    Kernels named in `packed_on` keep matrices as the file has them; the reference makes them float32. The embedding stays
-    as it is, and is a matrix too where there is no `output.weight`: the CPU's kernels then hold it once.
+    Kernels named in `packed_on` keep matrices as the file has them, and an embedding that is the head too once; the reference
+    makes matrices float32, and the head of such a model is a second copy.
     """
-    embedding = tensors.get("token_embd.weight")
-    matrices = [tensor for name, tensor in tensors.items() if name != "token_embd.weight"]
-    if embedding is not None and "output.weight" not in tensors:
-        matrices.append(embedding)
-    rows = embedding.nbytes if embedding is not None else 0
-    tied = rows if "output.weight" not in tensors else 0
-    dense = rows + sum(4 * math.prod(tensor.shape) for tensor in matrices)
     packs = () if settings.kernels == "reference" else packed_on
-    packed = rows + sum(tensor.nbytes for tensor in matrices)
-    once = {"cpu": tied, "cuda": 0}
-    return {kind: packed - once[kind] if kind in packs else dense for kind in ("cpu", "cuda")}
+    layers = 1 + max((int(found[1]) for name in tensors if (found := _LAYER.match(name))), default=-1)
+    return {kind: _weight_bytes(tensors, layers, kind in packs) for kind in ("cpu", "cuda")}
+
+
+def _weight_bytes(tensors: Mapping[str, TensorInfo], num_layers: int, packed: bool) -> WeightBytes:
+    layers, rest = [0] * num_layers, 0
+    for name, tensor in tensors.items():
+        own = name == "token_embd.weight"
+        size = tensor.nbytes if packed or own else 4 * math.prod(tensor.shape)
+        if own and not packed and "output.weight" not in tensors:
+            size += 4 * math.prod(tensor.shape)
+        if found := _LAYER.match(name):
+            layers[int(found[1])] += size
+        else:
+            rest += size
+    return WeightBytes(tuple(layers), rest)

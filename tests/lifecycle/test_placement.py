@@ -15,8 +15,10 @@ from ollamapy.gguf.reader import TensorInfo
 from ollamapy.gguf.types import GGMLType
 from ollamapy.lifecycle import devices as devices_module
 from ollamapy.lifecycle.devices import GPU, Devices, _memory_limits, physical_cores, visible_gpus
-from ollamapy.lifecycle.placement import BASE_BYTES, DoesNotFit, Placement, RunnerOptions, plan
-from ollamapy.lifecycle.sizes import Beside, weight_bytes
+from ollamapy.lifecycle.fit import BASE_BYTES, Placement
+from ollamapy.lifecycle.options import RunnerOptions
+from ollamapy.lifecycle.placement import DoesNotFit, plan
+from ollamapy.lifecycle.sizes import Beside, WeightBytes, weight_bytes
 from ollamapy.models.config import ModelConfig
 
 GIB = 1 << 30
@@ -42,11 +44,21 @@ def gpus(*sizes: tuple[float, float], free: float = 64) -> Devices:
     return Devices(8, 64 * GIB, int(free * GIB), cards)
 
 
+def sizes(cpu: float, cuda: float, layers: int = 32) -> dict[str, WeightBytes]:
+    """GiB of weights by kind of device; what belongs to no layer is as large as two of them."""
+
+    def split(total: float) -> WeightBytes:
+        each = int(total * GIB) // (layers + 2)
+        return WeightBytes((each,) * layers, int(total * GIB) - layers * each)
+
+    return {"cpu": split(cpu), "cuda": split(cuda)}
+
+
 def place(
     devices: Devices, weights: float = 5, options: dict[str, object] | None = None, draft: Beside | None = None, **settings: Any
 ) -> Placement:
-    wanted, size = RunnerOptions.of(options or {}), int(weights * GIB)
-    return plan(config(), {"cpu": size, "cuda": size}, devices, Settings(**settings), wanted, "m.gguf", draft)
+    wanted = RunnerOptions.of(options or {})
+    return plan(config(), sizes(weights, weights), devices, Settings(**settings), wanted, "m.gguf", draft)
 
 
 def test_a_cpu_plan() -> None:
@@ -62,7 +74,7 @@ def test_a_cpu_plan() -> None:
 
 def test_a_draft_model_takes_its_share() -> None:
     """As large as the model itself: weights and a pool of blocks of its own."""
-    draft = Beside("d.gguf", config(), {"cpu": 2 * GIB, "cuda": 2 * GIB})
+    draft = Beside("d.gguf", config(), sizes(2, 2))
     alone, placed = place(cpu(32)), place(cpu(32), draft=draft)
     assert (placed.plan.draft_path, placed.plan.num_draft_blocks) == ("d.gguf", placed.plan.num_blocks)
     assert placed.weight_bytes == 7 * GIB and placed.kv_bytes == 2 * alone.kv_bytes
@@ -115,7 +127,7 @@ def test_kv_room(free: float, settings: dict[str, Any], contexts: int, notes: in
 )
 def test_context_length(options: dict[str, object], environment: int, trained: int, expected: int) -> None:
     settings = Settings(context_length=environment)
-    made = plan(config(trained), {"cpu": GIB, "cuda": GIB}, cpu(60), settings, RunnerOptions.of(options)).plan
+    made = plan(config(trained), sizes(1, 1), cpu(60), settings, RunnerOptions.of(options)).plan
     assert made.context_length == expected
     assert made.num_blocks * made.block_size >= expected
     assert made.num_blocks == 8 * -(-expected // 16)
@@ -191,10 +203,12 @@ def test_weight_bytes() -> None:
     linear = info("blk.0.attn_q.weight", (64, 64), 2304)
     untied = {each.name: each for each in (embedding, output, linear)}
     tied = {each.name: each for each in (embedding, linear)}
-    packed, dense = 3600 + 3600 + 2304, 3600 + 4 * 6400 + 4 * 4096
-    assert weight_bytes(tied, ("cpu", "cuda"), Settings()) == {"cpu": 3600 + 2304, "cuda": packed}  # the CPU holds it once
-    assert weight_bytes(untied, ("cpu", "cuda"), Settings()) == {"cpu": packed, "cuda": packed}
-    for tensors in (untied, tied):  # a tied embedding is a matrix too
+    layer, dense = WeightBytes((2304,), 3600 + 3600), WeightBytes((4 * 4096,), 3600 + 4 * 6400)
+    once = WeightBytes((2304,), 3600)  # kernels that pack hold a tied embedding once
+    assert weight_bytes(tied, ("cpu", "cuda"), Settings()) == {"cpu": once, "cuda": once}
+    assert weight_bytes(untied, ("cpu", "cuda"), Settings()) == {"cpu": layer, "cuda": layer}
+    assert layer.total == 3600 + 3600 + 2304
+    for tensors, packed in ((untied, layer), (tied, once)):  # a tied embedding is a matrix too
         assert weight_bytes(tensors, ("cuda",), Settings()) == {"cpu": dense, "cuda": packed}
         assert weight_bytes(tensors, (), Settings()) == {"cpu": dense, "cuda": dense}
         assert weight_bytes(tensors, ("cpu", "cuda"), Settings(kernels="reference")) == {"cpu": dense, "cuda": dense}
@@ -203,9 +217,9 @@ def test_weight_bytes() -> None:
 def test_the_device_decides_what_the_weights_take() -> None:
     devices = gpus((24, 10), free=40)
     options = RunnerOptions()
-    on_gpu = plan(config(), {"cpu": 30 * GIB, "cuda": 5 * GIB}, devices, Settings(), options)
+    on_gpu = plan(config(), sizes(30, 5), devices, Settings(), options)
     assert (on_gpu.plan.device, on_gpu.weight_bytes) == ("cuda:0", 5 * GIB)
-    on_cpu = plan(config(), {"cpu": 5 * GIB, "cuda": 30 * GIB}, devices, Settings(), options)
+    on_cpu = plan(config(), sizes(5, 30), gpus((2, 1.9), free=40), Settings(), options)
     assert (on_cpu.plan.device, on_cpu.weight_bytes, on_cpu.spilled) == ("cpu", 5 * GIB, True)
 
 
@@ -282,12 +296,12 @@ def windowed(layers: int = 18, window: int = 512) -> ModelConfig:
 def test_windowed_layers_take_their_window() -> None:
     """Of 32,768 tokens three layers keep all, fifteen 512 and those of one step (1,024): 119 MiB where there were 576."""
     options = RunnerOptions(num_ctx=32768)
-    placed = plan(windowed(), {"cpu": 0, "cuda": 0}, cpu(32), Settings(num_parallel=1), options)
+    placed = plan(windowed(), sizes(0, 0, 18), cpu(32), Settings(num_parallel=1), options)
     made = placed.plan
     assert [(group.window, len(group.layers)) for group in made.groups] == [(0, 3), *[(512, 3)] * 5]
     assert made.num_blocks == 2048 + 5 * ((511 + made.max_batch_tokens + 15) // 16 + 1)
     assert placed.kv_bytes == made.num_blocks * 16 * 3 * 2 * 256 * 2
-    whole = plan(windowed(window=32768), {"cpu": 0, "cuda": 0}, cpu(32), Settings(num_parallel=1), options)
+    whole = plan(windowed(window=32768), sizes(0, 0, 18), cpu(32), Settings(num_parallel=1), options)
     assert whole.plan.groups == () and whole.kv_bytes == 32768 * 18 * 1024 and placed.kv_bytes < whole.kv_bytes / 3
 
 
@@ -297,7 +311,7 @@ def test_q8_0_takes_whole_blocks_of_32() -> None:
         "attention.head_count": 3, "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": 99,
     }  # fmt: skip
     odd = ModelConfig.from_gguf({"general.architecture": "llama", **{f"llama.{key}": value for key, value in keys.items()}})
-    placed = plan(odd, {"cpu": 1, "cuda": 1}, cpu(9), Settings(kv_cache_type="q8_0"), RunnerOptions())
+    placed = plan(odd, sizes(0, 0, 2), cpu(9), Settings(kv_cache_type="q8_0"), RunnerOptions())
     assert placed.plan.kv_dtype == "f16"
     assert placed.notes == ("OLLAMA_KV_CACHE_TYPE=q8_0: heads of 80 are not whole blocks of 32: the KV cache is f16",)
 
