@@ -161,7 +161,7 @@ def test_choice_of_device() -> None:
     assert place(two, device="cuda:0").plan.device == "cuda:0"
     assert place(two, options={"num_gpu": 10}).notes != ()
     assert place(two, options={"num_gpu": 33}).notes == ()
-    full = gpus((24, 3))
+    full = gpus((24, 1.5))
     spilled = place(full)
     assert (spilled.plan.device, spilled.spilled) == ("cpu", True)
     assert "does not fit on a GPU" in spilled.notes[0]
