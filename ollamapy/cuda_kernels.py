@@ -17,14 +17,17 @@ from torch import Tensor
 import ollamapy.triton_kernels as triton_kernels
 from ollamapy import cuda_extension
 from ollamapy.cpu_kernels import DecoderLayer
+from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation
+from ollamapy.triton_kernels import tuning
 from ollamapy.triton_kernels.layout import FORMS, GROUP, Planes, pack
 
 MATVEC, MMA = 0, 1  # `Path` of csrc/cuda/args.h
 MATVEC_MOST = 8  # rows that the matvec kernel takes
-MOST_PARTS = 3
+LONGEST_HEAD = 256  # of the rope kernel
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def kernels() -> Any:
@@ -62,10 +65,10 @@ def quantize(x: Tensor, up: Tensor | None = None, kind: Activation = "silu") -> 
     return made
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Int8Rows:
-    """x (n, E) float32 += delta, in place; the RMSNorm of the sum as int8."""
-    made = Int8Rows.empty(x.shape[0], x.shape[1], x.device)
-    kernels().norm(x, delta, weight, eps, None, made.q, made.meta)
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, post: Tensor | None = None) -> Int8Rows | None:
+    """x (n, E) float32 += delta, or += the RMSNorm of delta by `post`, in place; the RMSNorm of the sum as int8."""
+    made = None if weight is None else Int8Rows.empty(x.shape[0], x.shape[1], x.device)
+    kernels().norm(x, delta, post, weight, eps, None, made and made.q, made and made.meta)
     return made
 
 
@@ -92,7 +95,8 @@ def matmul(
 
 def matvec_rows(device: torch.device) -> int:
     """Up to so many rows the matvec kernel is used: dp4a has its issue slots to spare for two rows, not for four."""
-    return 2
+    threshold: int = tuning.of(device).dp4a_rows
+    return min(threshold, MATVEC_MOST)
 
 
 def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
@@ -108,26 +112,67 @@ def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def project(
-    x: Tensor, weight: Planes, out: Tensor, bias: Tensor | None = None, gate: Activation | None = None, add: bool = False
-) -> Tensor:
-    """As `project` of Triton's linear.py, which serves the weights that the kernels here cannot take: experts, float types."""
-    if weight.type not in FORMS:
-        through: Tensor = triton_kernels.load("project", _LINEAR)(x, weight, out, bias, gate, add)
-        return through
-    rows = quantize(x)
-    if gate is None:
-        matmul(rows, [weight], [out], [bias], add)
+class Int8:
+    """`stack.Products` with the kernels of this file; Triton's (`floats`) where they cannot serve: experts, float types, caches
+    that are not of plain floats. Int8 rows are made where activations are, by the norm or the gate; else by `project`."""
+
+    def __init__(self, floats: Any) -> None:
+        self._floats = floats
+
+    def norm(self, x: Tensor, by: Any, branch: Tensor | None, readers: Sequence[Planes], dtype: torch.dtype) -> Any:
+        if by.weight is None and branch is None:
+            return x
+        if by.weight is not None and not (readers and all(map(takes, readers))):
+            return self._floats.norm(x, by, branch, readers, dtype)
+        return add_norm(x, branch, by.weight, by.eps, by.post)
+
+    def project(
+        self, rows: Int8Rows | Tensor, weight: Planes, out: Tensor, bias: Tensor | None = None, add: bool = False
+    ) -> Tensor:
+        if not takes(weight):
+            through: Tensor = self._floats.project(rows, weight, out, bias, add)
+            return through
+        matmul(rows if isinstance(rows, Int8Rows) else quantize(rows), [weight], [out], [bias], add)
         return out
-    both = torch.empty(rows.rows, weight.rows, dtype=out.dtype, device=out.device)
-    matmul(rows, [weight], [both], [bias])
-    gated: Tensor = triton_kernels.load("gated_activation")(*both.chunk(2, dim=1), gate, out)
-    return gated
+
+    def gated(
+        self, rows: Int8Rows | Tensor, weights: Sequence[Planes], kind: Activation, down: Planes, dtype: torch.dtype
+    ) -> Any:
+        if not all(map(takes, (*weights, down))):
+            return self._floats.gated(rows, weights, kind, down, dtype)
+        made = rows if isinstance(rows, Int8Rows) else quantize(rows)
+        both = torch.empty(made.rows, 2 * down.shape[-1], dtype=dtype, device=made.q.device)
+        outs = [both] if len(weights) == 1 else list(both.chunk(2, dim=1))
+        for weight, out in zip(weights, outs, strict=True):
+            matmul(made, [weight], [out], [None])
+        gate, up = both.chunk(2, dim=1)
+        return quantize(gate, up, kind)
+
+    def place(
+        self, qkv: Tensor, heads: int, turn: Any, batch: Batch, temper: Tensor | None, cache: KVCache, dtype: torch.dtype
+    ) -> Tensor:
+        if not turns(cache):
+            through: Tensor = self._floats.place(qkv, heads, turn, batch, temper, cache, dtype)
+            return through
+        out = torch.empty(qkv.shape[0], heads, cache.key.shape[3], dtype=dtype, device=qkv.device)
+        vectors = [out.new_empty(0) if vector is None else vector for vector in (turn.q_norm, turn.k_norm, temper)]
+        where = batch.positions, batch.slot_mapping
+        kernels().rope(qkv, turn.table, *where, vectors, turn.interleaved, turn.eps, out, cache.key, cache.value)
+        return out
+
+    def qkv_dtype(self, cache: KVCache, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if turns(cache) else dtype
 
 
-_LINEAR = {"project": "linear.project"}
+def takes(weight: Planes) -> bool:
+    return weight.type in FORMS
+
+
+def turns(cache: KVCache) -> bool:
+    """Whether the rope kernel writes to a cache."""
+    return cache.key.dtype in FLOATS and max(cache.key.shape[3], cache.value.shape[3]) <= LONGEST_HEAD
 
 
 def stack(layers: Sequence[DecoderLayer]) -> Any:
-    """Triton's `Stack` with the matmuls of this file, or why it cannot take the layers."""
-    return triton_kernels.load("stack")(layers, project)
+    """Triton's `Stack` with the kernels of this file, or why it cannot take the layers."""
+    return triton_kernels.load("stack")(layers, Int8(triton_kernels.load("floats", {"floats": "stack.Floats"})()))

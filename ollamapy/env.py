@@ -111,6 +111,9 @@ class Settings:
     device: str = _variable("OLLAMAPY_DEVICE", str, "", "Force a device: cpu, cuda, cuda:1 (default: the best there is)")
     cuda_visible_devices: str | None = _variable("CUDA_VISIBLE_DEVICES", str, None, "GPUs to use, by number or UUID (-1: none)")
     kernels: str = _variable("OLLAMAPY_KERNELS", str, "", "Force a kernel family: reference, csrc or triton")
+    batch_invariant: bool = _variable(
+        "OLLAMAPY_BATCH_INVARIANT", _boolean, False, "Triton: bits of an answer never depend on its batch"
+    )
     precise: bool = _variable("OLLAMAPY_PRECISE", _boolean, False, "Keep activations and the KV cache in float32")
     metrics: str = _variable(
         "OLLAMAPY_METRICS", str, "", "Address for Prometheus' /metrics, such as 127.0.0.1:9464 (default: none)"

@@ -23,6 +23,7 @@ from ollamapy.triton_kernels.matmul import end_kernel, matmul_kernel, matvec_ker
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 END_SIZE = 512
+DENSE_BLOCK = 64  # rows of one torch.matmul where bits must not depend on the batch: one shape, so one algorithm
 
 
 def splits_of(programs: int, most: int, groups: int, step: int) -> tuple[int, int]:
@@ -181,10 +182,18 @@ def project(
     if path == "tiles":
         return matmul(x, weight, out, bias, add)
     dense = dequantize(weight, tuning.activations(x.device)) if path == "layer" else weight.low
-    product = torch.matmul(x.to(dense.dtype), dense.view(-1, x.shape[1]).t()).to(out.dtype)
+    product = _dense_product(x.to(dense.dtype), dense.view(-1, x.shape[1]).t()).to(out.dtype)
     if bias is not None:
         product += bias
     return out.add_(product) if add else out.copy_(product)
+
+
+def _dense_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (n, K) times weight (K, N); with OLLAMAPY_BATCH_INVARIANT in blocks of one shape, the last one filled with zeros."""
+    if not tuning.invariant():
+        return torch.matmul(x, weight)
+    filled = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % DENSE_BLOCK))
+    return torch.cat([torch.matmul(block, weight) for block in filled.split(DENSE_BLOCK)])[: x.shape[0]]
 
 
 def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:

@@ -2,17 +2,22 @@
 
 A file is named for the least compute capability that it serves; `other.json` serves AMD's and Intel's devices. Its `source`
 says whether its numbers were measured or predicted. Numbers are counts: rows of x, rows of W, groups of 32 weights, keys.
+
+OLLAMAPY_BATCH_INVARIANT leaves one path for any number of rows, so that a row's bits do not depend on the rows beside it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from ollamapy import env
 
 FOLDER = Path(__file__).with_name("tuned")
 
@@ -35,6 +40,7 @@ class Table:
     matvec_rows: int  # up to these rows of x: the matvec kernel (at most 4)
     matvec_pairs: int  # up to these pairs of a token and an expert: a matvec each
     int8_rows: int  # up to these: tiles on int8 activations; 0: never
+    dp4a_rows: int  # of the CUDA kernels: up to these the matvec with dp4a, above it mma
     dense_rows: int  # from these on, decoding a layer costs less than tiles lose to a dense matmul
     programs: int  # below that many, K is split: two for each multiprocessor
     matvec: Tile
@@ -71,12 +77,24 @@ def name_for(capability: int) -> str:
 
 
 @cache
+def invariant() -> bool:
+    """Whether a row's bits must not depend on its batch."""
+    return env.load().batch_invariant
+
+
+def one_path(table: Table) -> Table:
+    """The table that knows one kernel for any number of rows: tiles on int8 activations, and for experts one size of tiles."""
+    return replace(table, matvec_rows=0, matvec_pairs=0, int8_rows=sys.maxsize, tiles=table.tiles[:1])
+
+
+@cache
 def of(device: torch.device) -> Table:
     """The numbers for a device. A CPU, which interprets, takes those of an H100."""
+    name = "sm_90" if device.type == "cpu" else "other"
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
-        return read(name_for(10 * major + minor))
-    return read("sm_90" if device.type == "cpu" else "other")
+        name = name_for(10 * major + minor)
+    return one_path(read(name)) if invariant() else read(name)
 
 
 def activations(device: torch.device) -> torch.dtype:

@@ -52,7 +52,8 @@ enum class Path : int { kMatvec = 0, kMma = 1 };
 struct NormArgs {
   float* x;            // (tokens, width), contiguous
   const float* delta;  // added to x first, in place; or null
-  const float* weight;
+  const float* post;   // delta is normed by it before; or null
+  const float* weight;  // null: the sum alone is wanted
   float* out;   // normed values, or null
   uint8_t* q;   // and as int8, or null
   Meta* meta;
@@ -81,7 +82,7 @@ struct RopeArgs {
   const float* k_norm;
   const float* turns;  // (positions, rot): cosines of the pairs, then their sines
   const int64_t* positions;
-  const int64_t* slots;       // (tokens,)
+  const int64_t* slots;       // (tokens,); below zero: nobody's, k and v are not written
   const float* temperature;   // (tokens,) on q, or null
   void* out;
   void* key;

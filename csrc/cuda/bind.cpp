@@ -148,13 +148,24 @@ void quantize(Tensor x, std::optional<Tensor> up, bool gelu, Tensor q, Tensor me
   check_launch("quantize", ollamapy_gated(&args, launch.stream()));
 }
 
-// x (tokens, width) float32 += delta; its RMSNorm to out (float32) and to int8, where these are given.
-void norm(Tensor x, std::optional<Tensor> delta, Tensor weight, double eps, std::optional<Tensor> out, std::optional<Tensor> q, std::optional<Tensor> meta) {
+// x (tokens, width) float32 += delta, or += RMSNorm(delta) * post; RMSNorm(x) * weight to out (float32) and to int8, where given.
+void norm(Tensor x, std::optional<Tensor> delta, std::optional<Tensor> post, std::optional<Tensor> weight, double eps, std::optional<Tensor> out, std::optional<Tensor> q, std::optional<Tensor> meta) {
   check_type("norm", "x", x, ScalarType::Float, 2);
   const int64_t tokens = x.size(0), width = x.size(1);
   STD_TORCH_CHECK(x.is_contiguous() && width % 32 == 0, "norm: x is not a contiguous (tokens, a multiple of 32)");
-  check_vector("norm", "weight", weight, ScalarType::Float, width);
+  STD_TORCH_CHECK(!post || delta, "norm: post without delta");
+  STD_TORCH_CHECK(bool(weight) == (out || q), "norm: weight goes with out, or q, or both");
   NormArgs args = {};
+  if (weight) {
+    check_vector("norm", "weight", *weight, ScalarType::Float, width);
+    check_place("norm", "weight", *weight, x);
+    args.weight = data<const float>(*weight);
+  }
+  if (post) {
+    check_vector("norm", "post", *post, ScalarType::Float, width);
+    check_place("norm", "post", *post, x);
+    args.post = data<const float>(*post);
+  }
   for (const auto& [name, other, place] : {std::tuple{"delta", delta, const_cast<float**>(&args.delta)}, std::tuple{"out", out, &args.out}}) {
     if (!other) continue;
     check_type("norm", name, *other, ScalarType::Float, 2);
@@ -166,9 +177,10 @@ void norm(Tensor x, std::optional<Tensor> delta, Tensor weight, double eps, std:
     check_activations("norm", *q, *meta, tokens, width / 32);
     args.q = data<uint8_t>(*q), args.meta = data<Meta>(*meta);
   }
-  args.x = data<float>(x), args.weight = data<const float>(weight), args.eps = float(eps);
+  args.x = data<float>(x), args.eps = float(eps);
   args.tokens = int(tokens), args.width = int(width);
-  for (const void* p : {static_cast<const void*>(args.x), static_cast<const void*>(args.delta), static_cast<const void*>(args.out), static_cast<const void*>(args.weight)})
+  for (const void* p : {static_cast<const void*>(args.x), static_cast<const void*>(args.delta), static_cast<const void*>(args.post), static_cast<const void*>(args.out),
+                        static_cast<const void*>(args.weight)})
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "norm: rows are not aligned to 16 bytes");
   if (!x.numel()) return;
   const Launch launch(x);
@@ -223,8 +235,8 @@ STABLE_TORCH_LIBRARY(ollamapy_cuda, m) {
   m.def("linear(Tensor q, Tensor meta, Tensor[] planes, int type, Tensor(a!)[] outs, Tensor[] biases, bool add, int path) -> ()");
   // x, or act(x) * up, to int8 activations.
   m.def("quantize(Tensor x, Tensor? up, bool gelu, Tensor(a!) q, Tensor(b!) meta) -> ()");
-  // x += delta; RMSNorm of x to out, and to int8.
-  m.def("norm(Tensor(a!) x, Tensor? delta, Tensor weight, float eps, Tensor(b!)? out, Tensor(c!)? q, Tensor(d!)? meta) -> ()");
+  // x += delta, or its RMSNorm by post; RMSNorm of x by weight to out, and to int8.
+  m.def("norm(Tensor(a!) x, Tensor? delta, Tensor? post, Tensor? weight, float eps, Tensor(b!)? out, Tensor(c!)? q, Tensor(d!)? meta) -> ()");
   // Heads of qkv normed and turned; q to out, k and v to their slots. vectors: q_norm, k_norm, temperature; empty where absent.
   m.def("rope(Tensor qkv, Tensor turns, Tensor positions, Tensor slots, Tensor[] vectors, bool interleaved, float eps, Tensor(a!) out, "
         "Tensor(b!) key, Tensor(c!) value) -> ()");

@@ -35,9 +35,8 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const GatedArgs args) {
   quantize_group(v, args.q, args.meta, i / 32, token, args.tokens, live);
 }
 
-// The sum of all threads, in one order.
-__device__ __forceinline__ float sum_of_block(float value) {
-  __shared__ float parts[kThreads / 32];
+// The sum of all threads, in one order. `parts`: its own for each call of a kernel.
+__device__ __forceinline__ float sum_of_block(float value, float* parts) {
 #pragma unroll
   for (int width = 16; width; width /= 2) value += __shfl_xor_sync(~0u, value, width);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
@@ -48,31 +47,44 @@ __device__ __forceinline__ float sum_of_block(float value) {
   return value;
 }
 
-// One block a token: x += delta; out = x / sqrt(mean(x^2) + eps) * weight, as floats, as int8, or both.
+__device__ __forceinline__ float squared(const float4& v) { return (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w); }
+__device__ __forceinline__ float4 scaled(const float4& v, float by, const float* weight) {
+  const float4 w = *reinterpret_cast<const float4*>(weight);
+  return make_float4(v.x * by * w.x, v.y * by * w.y, v.z * by * w.z, v.w * by * w.w);
+}
+
+// One block a token: x += delta, or its RMSNorm by `post`; out = x / sqrt(mean(x^2) + eps) * weight, as floats, as int8, or both.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const NormArgs args) {
+  __shared__ float parts[2][kThreads / 32];
   const int token = blockIdx.x;
   float* x = args.x + int64_t(token) * args.width;
   const float* delta = args.delta ? args.delta + int64_t(token) * args.width : nullptr;
+  float branch = 0.0f;
+  if (args.post) {
+    float squares = 0.0f;
+    for (int i = threadIdx.x * 4; i < args.width; i += kThreads * 4) squares += squared(*reinterpret_cast<const float4*>(delta + i));
+    branch = 1.0f / sqrtf(sum_of_block(squares, parts[1]) / float(args.width) + args.eps);
+  }
   float squares = 0.0f;
   for (int i = threadIdx.x * 4; i < args.width; i += kThreads * 4) {
     float4 v = *reinterpret_cast<const float4*>(x + i);
     if (delta) {
-      const float4 d = *reinterpret_cast<const float4*>(delta + i);
+      float4 d = *reinterpret_cast<const float4*>(delta + i);
+      if (args.post) d = scaled(d, branch, args.post + i);
       v = make_float4(v.x + d.x, v.y + d.y, v.z + d.z, v.w + d.w);
       *reinterpret_cast<float4*>(x + i) = v;
     }
-    squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+    squares += squared(v);
   }
-  const float scale = 1.0f / sqrtf(sum_of_block(squares) / float(args.width) + args.eps);
+  if (!args.weight) return;
+  const float scale = 1.0f / sqrtf(sum_of_block(squares, parts[0]) / float(args.width) + args.eps);
   // Whole warps take part in the quantization of a group: the loop ends for all threads at once.
   for (int first = 0; first < args.width; first += kThreads * 4) {
     const int i = first + threadIdx.x * 4;
     const bool live = i < args.width;
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (live) {
-      v = *reinterpret_cast<const float4*>(x + i);  // what this very thread has written
-      const float4 w = *reinterpret_cast<const float4*>(args.weight + i);
-      v = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
+      v = scaled(*reinterpret_cast<const float4*>(x + i), scale, args.weight + i);  // of x, what this very thread has written
       if (args.out) *reinterpret_cast<float4*>(args.out + int64_t(token) * args.width + i) = v;
     }
     if (args.q) quantize_group(v, args.q, args.meta, i / 32, token, args.tokens, live);

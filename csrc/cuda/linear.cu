@@ -14,7 +14,8 @@ int blocks(const LinearArgs& args, int rows_of_block) {
 // Bytes in flight are what counts for few tokens, and reuse of the activations for more.
 template <class F, int TOKENS>
 void matvec(const LinearArgs& args, void* stream) {
-  constexpr int kRows = TOKENS >= 4 ? 2 : 1, kUnroll = F::kLow == 8 || TOKENS >= 4 ? 1 : F::kLow == 4 || TOKENS > 1 ? 2 : 4;
+  // Two rows of W share the activations that four tokens load; with eight tokens their sums would not fit the registers.
+  constexpr int kRows = TOKENS == 4 ? 2 : 1, kUnroll = F::kLow == 8 || TOKENS >= 4 ? 1 : F::kLow == 4 || TOKENS > 1 ? 2 : 4;
   const auto kernel = matvec_kernel<F, TOKENS, kRows, kUnroll>;
   CUDA_LAUNCH(kernel, blocks(args, kRowLanes * kRows), kMatvecThreads, 0, stream, args);
 }

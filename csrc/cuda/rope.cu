@@ -57,11 +57,12 @@ __global__ void __launch_bounds__(32 * kHeadWarps) rope_kernel(const RopeArgs ar
     const float factor = args.temperature ? args.temperature[token] : 1.0f;
 #pragma unroll
     for (int i = 0; i < kEach; i++)
-      if (lane + 32 * i < length) 
+      if (lane + 32 * i < length)
         ptx::store_float(args.out, (int64_t(token) * args.heads + head) * length + lane + 32 * i, value[i] * factor, args.out_type);
     return;
   }
   const int64_t slot = args.slots[token];
+  if (slot < 0) return;  // nobody's
   const int64_t to = ((slot / args.block * args.kv_heads + head) * args.block + slot % args.block) * length;
 #pragma unroll
   for (int i = 0; i < kEach; i++)

@@ -35,13 +35,30 @@ def test_add_norm(width: int, device: torch.device, schedule: str) -> None:
         rows = cuda_kernels.add_norm(stream, None if addend is None else addend.to(device), weight.to(device), 1e-5)
         total = x if addend is None else x + addend
         assert torch.equal(stream.cpu(), total)
+        assert rows is not None
         near_int8(values(rows), reference.rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("width", [96, 2080])
+def test_norm_of_a_branch(width: int, device: torch.device, schedule: str) -> None:
+    """The sum with the branch's own norm, and the norm of that; the sum alone."""
+    x, delta, weight = activations(3, width), activations(3, width, seed=1), torch.linspace(0.5, 2, width)
+    post = torch.linspace(-1, 1, width)
+    total = x + reference.rms_norm(delta, post, 1e-5)
+    for wanted in (weight, None):
+        stream = x.clone().to(device)
+        given = None if wanted is None else wanted.to(device)
+        rows = cuda_kernels.add_norm(stream, delta.to(device), given, 1e-5, post.to(device))
+        torch.testing.assert_close(stream.cpu(), total, rtol=2e-6, atol=2e-6)
+        assert (rows is None) == (wanted is None)
+        if rows is not None:
+            near_int8(values(rows), reference.rms_norm(stream.cpu(), weight, 1e-5))
 
 
 def test_norm_as_floats(device: torch.device, schedule: str) -> None:
     x, weight = activations(2, 1056), torch.linspace(-1, 1, 1056)
     out = torch.empty_like(x, device=device)
-    cuda_kernels.kernels().norm(x.clone().to(device), None, weight.to(device), 1e-6, out, None, None)
+    cuda_kernels.kernels().norm(x.clone().to(device), None, None, weight.to(device), 1e-6, out, None, None)
     torch.testing.assert_close(out.cpu(), reference.rms_norm(x, weight, 1e-6), rtol=2e-6, atol=1e-6)
 
 
@@ -57,13 +74,14 @@ def test_gated_quantize(kind: reference.Activation, device: torch.device, schedu
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("length", "rot", "norms"), [(64, 64, False), (80, 32, True), (256, 256, True)])
 def test_rope(length: int, rot: int, norms: bool, interleaved: bool, device: torch.device, schedule: str) -> None:
-    """Slots in no order, partial rotation, norms of heads, a temperature; the cache keeps what is not written."""
+    """Slots in no order and one that is nobody's, partial rotation, norms of heads, a temperature; the cache keeps what is not
+    written."""
     tokens, heads, kv_heads, block = 5, 3, 2, 16
     generator = torch.Generator().manual_seed(length)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * length, generator=generator)
     angles = torch.rand(40, rot // 2, generator=generator) * 6
     turns = torch.cat((angles.cos(), angles.sin()), -1)
-    positions, slots = torch.tensor([3, 39, 0, 7, 21]), torch.tensor([17, 3, 47, 16, 30])
+    positions, slots = torch.tensor([3, 39, 0, 7, 21]), torch.tensor([17, 3, 47, -1, 30])
     weights = [torch.linspace(0.5, 1.5, length), torch.linspace(-1, 1, length)] if norms else [torch.empty(0)] * 2
     temperature = torch.linspace(1, 2, tokens) if norms else torch.empty(0)
     q, k, v = (part.unflatten(1, (-1, length)).clone() for part in qkv.split([heads * length] + [kv_heads * length] * 2, 1))
@@ -85,6 +103,7 @@ def test_rope(length: int, rot: int, norms: bool, interleaved: bool, device: tor
         torch.testing.assert_close(out.cpu().float(), q, rtol=tolerance, atol=tolerance)
         for store, new in ((cache.key, k), (cache.value, v)):
             flat = store.cpu().transpose(1, 2).flatten(0, 1).float()
-            torch.testing.assert_close(flat[slots], new, rtol=tolerance, atol=tolerance)
-            flat[slots] = 9.0
+            written = slots >= 0
+            torch.testing.assert_close(flat[slots[written]], new[written], rtol=tolerance, atol=tolerance)
+            flat[slots[written]] = 9.0
             assert (flat == 9.0).all()

@@ -1,7 +1,8 @@
 """Compiles the CUDA kernels for GPUs that need not be there, and compares what they take of them with budget.json.
 
-`python -m tests.cuda.compiled` compiles all types for all architectures (two minutes on two cores); `--forms Q4_K --archs 90a`
-some; `--write` records new figures. Registers and static shared memory must not grow; spilled registers are never allowed.
+`python -m tests.cuda.compiled` compiles all types for all architectures (five minutes on two cores that others use too);
+`--forms Q4_K --archs 90a` some; `--write` records new figures. Registers and static shared memory must not grow; spilled
+registers are never allowed.
 (Dynamic shared memory is bounded where it is asked for: a static_assert of linear.cu.)
 """
 

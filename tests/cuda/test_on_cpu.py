@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,9 +25,9 @@ def compiler() -> str:
         pytest.skip(str(missing))
 
 
-def run_checks(library: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_checks(library: Path, *files: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "CUDA_CHECK_LIBRARY": str(library), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-s", "-m", "gpu", *FILES]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-s", "-m", "gpu", *(files or FILES)]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=280)
 
 
@@ -35,9 +36,22 @@ def sanitized(library: Path) -> subprocess.CompletedProcess[str]:
     return run_checks(library, **environment)
 
 
-def test_checks_pass_on_the_cpu(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler()
-    done = run_checks(on_cpu.build(tmp_path))
+    return on_cpu.build(tmp_path_factory.mktemp("cuda"))
+
+
+def test_checks_pass_on_the_cpu(library: Path) -> None:
+    done = run_checks(library)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_models_run_on_the_cpu(library: Path) -> None:
+    """Whole models: these kernels, and Triton's interpreted ones for what they do not do."""
+    done = run_checks(library, "tests/cuda/check_model.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
 
