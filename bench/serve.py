@@ -76,8 +76,8 @@ class Round:
         return await measure(target, self.chats(seed), self.level if self.open else int(self.level))
 
 
-def rounds(users: Iterable[int], rates: Iterable[float]) -> list[Round]:
-    others = [Round(name, BESIDE) for name in WORKLOADS if name != "short"]
+def rounds(users: Iterable[int], rates: Iterable[float], workloads: Iterable[str] = WORKLOADS) -> list[Round]:
+    others = [Round(name, BESIDE) for name in workloads if name != "short"]
     return [*(Round("short", count) for count in users), *others, *(Round("short", rate, open=True) for rate in rates)]
 
 
@@ -204,7 +204,7 @@ def compare(options: argparse.Namespace, say: Say) -> dict[str, Any]:
     for file in options.files.split(","):
         start = time.perf_counter()
         host = Host(file, model_path(file, options.folder), options.threads)
-        models[file] = measure(host, rounds(options.users, options.rates), options.turns, say)
+        models[file] = measure(host, rounds(options.users, options.rates, options.workloads), options.turns, say)
         report = {"machine": machine.facts(), "threads": options.threads, "models": list(models.values())}
         options.into.parent.mkdir(parents=True, exist_ok=True)
         options.into.write_text(json.dumps(report, indent=1) + "\n")
@@ -232,6 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--files", default="smollm2,gemma3", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--users", type=numbers(int), default=list(USERS), help="of the closed loops (1,4,16,32,64)")
     parser.add_argument("--rates", type=numbers(float), default=list(RATES), help="chats/s of the open loops (2,4,8)")
+    parser.add_argument("--workloads", type=numbers(str), default=list(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--turns", default="ABCA", help="A: ollamapy, B: llama-server, C: vLLM")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "ollamapy" / "bench", help="of random models")
