@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from ollamapy.api.messages import Tool
 from ollamapy.api.openai_format import Structured, asked_format
 from ollamapy.api.openai_messages import ChatMessage, translated
 from ollamapy.api.types import MAX_TOP_LOGPROBS, ChatRequest, EmbedRequest, GenerateRequest
@@ -59,8 +60,9 @@ class Sampled(Structured, kw_only=True):
 class ChatCompletionRequest(Sampled, kw_only=True):
     messages: list[ChatMessage] = []
     max_completion_tokens: int | None = None
-    tools: list[Any] = []
+    tools: list[Tool] = []
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
     functions: list[Any] = []
     modalities: list[str] = []
     reasoning_effort: str = ""
@@ -95,14 +97,16 @@ def to_chat(request: ChatCompletionRequest) -> ChatRequest:
         raise BadRequest("top_logprobs needs logprobs: true")
     _refuse(
         {
-            "tools": bool(request.tools or request.functions),
-            "tool_choice": request.tool_choice not in (None, "none", "auto"),
+            "functions": bool(request.functions),
             "modalities other than text": any(modality != "text" for modality in request.modalities),
         }
     )
     return ChatRequest(
         model=request.model,
         messages=[message for given in request.messages for message in translated(given, request.messages)],
+        tools=request.tools,
+        tool_choice=request.tool_choice,
+        parallel_tool_calls=request.parallel_tool_calls,
         stream=request.stream,
         format=asked_format(request),
         options=_options(request, request.max_completion_tokens),

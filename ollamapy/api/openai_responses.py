@@ -9,6 +9,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
+
+from ollamapy.api.messages import ToolCall
 from ollamapy.api.types import ChatResponse, EmbedResponse, GenerateResponse, Logprob, Reply, TokenLogprob
 
 _FINISH = {"repeat": "length"}
@@ -39,9 +42,9 @@ class _Stream:
     def _usage_chunk(self, line: Reply) -> list[dict[str, Any]]:
         return [self._object(self.chunk_kind, [], usage=usage(line))] if self.include_usage else []
 
-    def _whole(self, choice: dict[str, Any], answer: Reply) -> dict[str, Any]:
+    def _whole(self, choice: dict[str, Any], answer: Reply, called: bool = False) -> dict[str, Any]:
         more: dict[str, Any] = {} if answer.debug_info is None else {"_debug_info": answer.debug_info}
-        choice = {"index": self.index, **choice, "finish_reason": finish_reason(answer)}
+        choice = {"index": self.index, **choice, "finish_reason": finish_reason(answer, called)}
         return self._object(self.kind, [choice], usage=usage(answer), **more)
 
 
@@ -51,6 +54,7 @@ class ChatStream(_Stream):
     def __init__(self, model: str, *, include_usage: bool = False, index: int = 0) -> None:
         super().__init__(model, include_usage=include_usage, index=index)
         self._first = True
+        self._called = False
 
     def feed(self, line: ChatResponse) -> list[dict[str, Any]]:
         """Reasoning and content go in chunks of their own; the last line adds a finish chunk, and usage if asked."""
@@ -59,8 +63,11 @@ class ChatStream(_Stream):
             chunks.append(self._delta({"content": "", "reasoning": message.thinking}, line))
         if message.content or line.logprobs or (line.done and self._first):
             chunks.append(self._delta({"content": message.content}, line, logprobs=line.logprobs))
+        if message.tool_calls:
+            self._called = True
+            chunks.append(self._delta({"tool_calls": tool_calls(message.tool_calls)}, line))
         if line.done:
-            chunks.append(self._chunk({"delta": {}, "finish_reason": finish_reason(line)}, line))
+            chunks.append(self._chunk({"delta": {}, "finish_reason": finish_reason(line, self._called)}, line))
             chunks += self._usage_chunk(line)
         return chunks
 
@@ -76,8 +83,11 @@ class ChatStream(_Stream):
         message: dict[str, Any] = {"role": "assistant", "content": answer.message.content}
         if answer.message.thinking:
             message["reasoning"] = answer.message.thinking
+        calls = answer.message.tool_calls
+        if calls:
+            message["tool_calls"] = tool_calls(calls)
         logprobs = {"logprobs": chat_logprobs(answer.logprobs)} if answer.logprobs else {}
-        return self._whole({"message": message, **logprobs}, answer)
+        return self._whole({"message": message, **logprobs}, answer, called=bool(calls))
 
 
 class CompletionStream(_Stream):
@@ -107,8 +117,23 @@ class CompletionStream(_Stream):
         return {"logprobs": text_logprobs(entries, offset)}
 
 
-def finish_reason(line: Reply) -> str | None:
+def finish_reason(line: Reply, called: bool = False) -> str | None:
+    if called and line.done_reason == "stop":
+        return "tool_calls"
     return _FINISH.get(line.done_reason, line.done_reason) or None
+
+
+def tool_calls(calls: Iterable[ToolCall]) -> list[dict[str, Any]]:
+    """Arguments are JSON text here; the index counts an answer's calls."""
+    return [
+        {
+            "index": call.function.index or 0,
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.function.name, "arguments": msgspec.json.encode(call.function.arguments).decode()},
+        }
+        for call in calls
+    ]
 
 
 def usage(line: Reply) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class GenerateRequest(Inference, kw_only=True, omit_defaults=True):
 class ChatRequest(Inference, kw_only=True, omit_defaults=True):
     messages: list[Message] = []
     tools: list[Tool] = []
+    tool_choice: Any = None  # ours here, in OpenAI's words, and parallel_tool_calls
+    parallel_tool_calls: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,9 +143,6 @@ class CreateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     @property
     def target(self) -> str:
         return self.model or self.name
-
-
-# --- responses ------------------------------------------------------------------------------------------------
 
 
 class TokenLogprob(msgspec.Struct, kw_only=True):

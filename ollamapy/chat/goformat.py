@@ -13,6 +13,7 @@ from ollamapy.chat.gotemplate import nodes
 from ollamapy.chat.images import marked_contents
 from ollamapy.chat.interface import ChatFormat, Parser, PlainParser, Think
 from ollamapy.chat.thinking import ThinkingParser, infer_tags
+from ollamapy.chat.toolcalls import style_of
 
 
 class GoFormat(ChatFormat):
@@ -26,6 +27,7 @@ class GoFormat(ChatFormat):
         self.name = name
         self.stops = ()
         self.capabilities = go_capabilities(template)
+        self.call_style = style_of(source)
         self._template = template
         self._opening = template.with_root(_cut_after_response(template.root)[0])
         self._by_messages = ".Messages" in variables

@@ -36,6 +36,17 @@ class PlainParser(Parser):
         return [ChatEvent(content=text)] if text else []
 
 
+class CallStyle(NamedTuple):
+    """Texts around calls: `opening` and `closing` of each, or of the list of them all with `listed`."""
+
+    name: str
+    opening: str = ""
+    closing: str = ""
+    arguments: str = "arguments"
+    listed: bool = False
+    several: bool = True
+
+
 class ChatFormat(ABC):
     """Rendering and parsing of one prompt format. Stateless: one object serves all requests of a model."""
 
@@ -44,6 +55,8 @@ class ChatFormat(ABC):
     """Texts at which an answer ends, besides the tokenizer's end-of-generation tokens."""
     capabilities: frozenset[str]
     """Of "tools", "thinking", "insert"."""
+    call_style: CallStyle | None = None
+    """How the model writes tool calls, where that is known."""
 
     @abstractmethod
     def render(self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), think: Think = None) -> str:

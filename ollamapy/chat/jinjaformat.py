@@ -12,6 +12,7 @@ from ollamapy.chat.capabilities import jinja_capabilities
 from ollamapy.chat.images import marked_contents
 from ollamapy.chat.interface import ChatFormat, Parser, PlainParser, SpecialTokens, Think
 from ollamapy.chat.thinking import DEFAULT_TAGS, ThinkingParser
+from ollamapy.chat.toolcalls import style_of
 from ollamapy.errors import TemplateError
 
 _OPEN_END = "CONTINUED-HERE-5bd1 "  # marks where an unfinished answer ends; its space shows whether ends are trimmed
@@ -26,6 +27,7 @@ class JinjaFormat(ChatFormat):
         jinja.compile_template(source)
         self.name = name
         self.capabilities = jinja_capabilities(source)
+        self.call_style = style_of(source)
         self._source = source
         self._special = special
         self.stops = self._find_stops()

@@ -26,6 +26,7 @@ from ollamapy.server.body import read
 from ollamapy.server.catalog import Services, require_name, services
 from ollamapy.server.prompt import Prompt, Room, chat_prompt, conversation, ids_prompt, text_prompt
 from ollamapy.server.stream import JSON, NDJSON, collected, streamed, warning_header
+from ollamapy.server.tools import tool_use
 from ollamapy.server.turn import Turn, run, timestamp
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
@@ -112,21 +113,25 @@ async def generate_lines(
 async def chat_lines(services: Services, request: ChatRequest, warnings: list[str]) -> AsyncGenerator[ChatResponse]:
     require_name(request.model)
     needs = {"completion": f'"{request.model}" does not support chat'}
-    if request.tools:
+    tools = tool_use(request)
+    if tools:
         needs["tools"] = f"{request.model} does not support tools"
     turn = Turn(
         empty=not request.messages,
         needs=needs,
         size=sum(len(message.content or "") for message in request.messages),
         prompt=lambda model, format, think, tokenizer, room: chat_prompt(
-            conversation(model, request.messages), format, think, tokenizer, room
+            conversation(model, request.messages), format, think, tokenizer, room, tools=tools.tools if tools else ()
         ),
-        unsupported="images" if any(message.images for message in request.messages) else "tools" if request.tools else "",
+        unsupported="images" if any(message.images for message in request.messages) else "",
+        tools=tools,
     )
     async with aclosing(run(services, request, turn, warnings)) as pieces:
         async for said in pieces:
             piece = said.piece
-            message = AnswerMessage(role="assistant", content=piece.content, thinking=piece.thinking)
+            message = AnswerMessage(
+                role="assistant", content=piece.content, thinking=piece.thinking, tool_calls=list(piece.tool_calls)
+            )
             yield ChatResponse(
                 model=request.model,
                 created_at=timestamp(),
@@ -150,7 +155,8 @@ def fold_chat(lines: Sequence[ChatResponse]) -> ChatResponse:
     last = lines[-1]
     content = "".join(line.message.content for line in lines)
     thinking = "".join(line.message.thinking for line in lines)
-    last.message = AnswerMessage(role="assistant", content=content, thinking=thinking)
+    calls = [call for line in lines for call in line.message.tool_calls]
+    last.message = AnswerMessage(role="assistant", content=content, thinking=thinking, tool_calls=calls)
     return _with_logprobs(last, lines)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ollamapy.api.messages import Message
+from ollamapy.api.messages import Message, Tool
 from ollamapy.chat.format import ChatFormat, Think
 from ollamapy.chat.truncate import truncate_messages, truncate_tokens
 from ollamapy.errors import BadRequest, ContextOverflow
@@ -41,12 +41,18 @@ class Room(NamedTuple):
 
 
 def chat_prompt(
-    messages: Sequence[Message], chat: ChatFormat, think: Think, tokenizer: Tokenizer, room: Room, before: str = ""
+    messages: Sequence[Message],
+    chat: ChatFormat,
+    think: Think,
+    tokenizer: Tokenizer,
+    room: Room,
+    before: str = "",
+    tools: Sequence[Tool] = (),
 ) -> Prompt:
     """Renders and encodes; `before` is text of an earlier exchange. Raises TemplateError, ContextOverflow."""
 
     def render(kept: Sequence[Message]) -> str:
-        return before + chat.render(kept, think=think)
+        return before + chat.render(kept, tools=tools, think=think)
 
     text = render(messages)
     ids = tokenizer.encode(text, add_special=True)

@@ -54,19 +54,21 @@ class Answer(NamedTuple):
     def grammar(self, parser: object) -> str:
         """For an engine. A parser that tells thinking from content lets the thinking be free: it goes on to its closing tag,
         and what follows is the answer."""
-        start = "start: @answer"
-        if isinstance(parser, ThinkingParser):
-            start = _after_thinking(parser)
-        top = {"lark_grammar": _TOP + start}
-        return msgspec.json.encode({"grammars": [top, {"name": "answer", **self.entry}]}).decode()
+        return grammar_text("@answer", [{"name": "answer", **self.entry}], parser)
 
 
-def _after_thinking(parser: ThinkingParser) -> str:
+def grammar_text(body: str, entries: list[dict[str, Any]], parser: object) -> str:
+    """An answer of the Lark expression `body`, which may name `entries`, after the thinking that the parser tells from it."""
+    start = _after_thinking(parser, body) if isinstance(parser, ThinkingParser) else f"start: {body}"
+    return msgspec.json.encode({"grammars": [{"lark_grammar": _TOP + start}, *entries]}).decode()
+
+
+def _after_thinking(parser: ThinkingParser, body: str) -> str:
     """Follows the parser: inside its thinking from the start, or free to begin with the opening tag."""
     closing = "".join(f"\\x{byte:02x}" for byte in parser.tags.closing.encode())
     opening = msgspec.json.encode(parser.tags.opening).decode()
-    start = "start: thought SPACES? @answer" if parser.opened else f"start: (SPACES? {opening} thought SPACES?)? @answer"
-    return f"{start}\nthought[lazy]: /(.|\\n)*{closing}/\nSPACES: /[ \\t\\r\\n]{{1,8}}/"
+    thought = "thought SPACES?" if parser.opened else f"(SPACES? {opening} thought SPACES?)?"
+    return f"start: {thought} ({body})\nthought[lazy]: /(.|\\n)*{closing}/\nSPACES: /[ \\t\\r\\n]{{1,8}}/"
 
 
 class Formats:

@@ -27,6 +27,7 @@ from ollamapy.server.caller import with_tier
 from ollamapy.server.catalog import Services
 from ollamapy.server.prompt import Prompt, Room
 from ollamapy.server.record import current
+from ollamapy.server.tools import ToolUse
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
@@ -53,6 +54,7 @@ class Turn:
     conflict: str = ""
     unsupported: str = ""
     echo: bool = False
+    tools: ToolUse | None = None
 
 
 class Said(NamedTuple):
@@ -89,6 +91,7 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
     default = {"speculation": services.settings.speculation}
     options, notes = option_table.merge(default, model.params, request.options)
     held_to = await services.formats.check(_format(request, options))
+    calls = await turn.tools.check(services.formats) if turn.tools else {}
     warnings += notes
     async with services.residents.use(model, options, keep_alive, record.caller.client) as loaded:
         load_ns = time.monotonic_ns() - arrival
@@ -98,6 +101,9 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         if options.num_ctx > loaded.context_length:
             warnings.append(f"num_ctx: {options.num_ctx} is more than this model has here: {loaded.context_length} is used")
         chat = services.format(loaded, turn.template)
+        style = chat.call_style
+        if turn.tools and style is None:
+            raise BadRequest(f"tools: the way in which {request.model} writes calls is not supported")
         room = _room(options, request, loaded)
         prompt = await _in_thread_if(turn.size > _INLINE_CHARS, turn.prompt, model, chat, think, loaded.tokenizer, room)
         if prompt.num_cut:
@@ -109,6 +115,9 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         parser = PlainParser() if turn.raw else chat.parser(prompt=prompt.text, think=think)
         stops = (*options.stop, *(() if turn.raw else chat.stops))
         grammar = held_to.grammar(parser) if held_to else ""
+        if turn.tools and style is not None:
+            grammar = turn.tools.grammar(style, calls, parser, loaded.tokenizer) if calls else grammar
+            parser = turn.tools.parser(style, parser)
         params = _params(loaded, options, request, stops, grammar)
         if turn.echo:
             first = (first_logprob(loaded.tokenizer, prompt.ids[0]),) if params.logprobs >= 0 and prompt.ids else ()

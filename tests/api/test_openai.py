@@ -73,10 +73,7 @@ def test_options() -> None:
     ("fields", "text"),
     [
         ({"messages": []}, "[] is too short - 'messages'"),
-        ({"tools": [{"type": "function"}]}, "tools: not supported yet"),
-        ({"functions": [{"name": "f"}]}, "tools: not supported yet"),
-        ({"tool_choice": "required"}, "tool_choice: not supported yet"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice: not supported yet"),
+        ({"functions": [{"name": "f"}]}, "functions: not supported yet"),
         ({"response_format": {"type": "yaml"}}, "invalid response_format type: 'yaml'"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {}}},
