@@ -49,6 +49,13 @@ def test_growth_that_fails_changes_nothing() -> None:
     assert blocks.check([first, second]) == []
 
 
+def test_blocks_of_a_draft_are_not_credited_to_others() -> None:
+    blocks = BlockManager(8, 2)
+    seq = sequence([1, 2, 3, 4])
+    assert blocks.needed(seq) == 2 and blocks.grow(seq, 8)  # with four tokens that were guessed
+    assert blocks.needed(seq) == 0, "not -2, which would promise two blocks more than there are"
+
+
 def test_only_full_blocks_before_the_last_token_are_found() -> None:
     blocks = BlockManager(8, 4)
     seq = computed(blocks, list(range(10)))
