@@ -7,6 +7,7 @@ words of TEXT in it is answered from the last of them on.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from ollamapy.lifecycle.spawner import Spawner
 from ollamapy.server.main import run
 
 NUM_WORDS = 1000
+FIRST_BYTE = 3
 FIRST_WORD = 259  # token id: <unk>, <s>, </s> and the bytes come before
 CONTEXT = 8192
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}<|assistant|>"
@@ -74,7 +76,8 @@ class Counter:
         self._pace = max(0, params.seed)
         self._running[request_id] = (len(token_ids), params.max_tokens)
         self._done[request_id] = 0
-        self._first[request_id] = next((id - FIRST_WORD for id in reversed(token_ids) if id >= FIRST_WORD), 0)
+        spelled = re.findall(rb"w(\d{3})", bytes(id - FIRST_BYTE for id in token_ids if FIRST_BYTE <= id < FIRST_WORD))
+        self._first[request_id] = int(spelled[-1]) if spelled else 0
 
     def embed(self, request_id: int, token_ids: list[int], caller: Caller) -> None:
         raise ValueError("it does not embed")
