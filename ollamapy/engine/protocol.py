@@ -207,6 +207,7 @@ class Output(msgspec.Struct, frozen=True):
     prompt_logprobs: list[TokenLogprob] = []  # of the prompt's next tokens, from its second on
     queue_ns: int = 0  # of its first one: from arrival to its first scheduled step
     cached_tokens: int = 0  # of its prompt, on the first one
+    drafts: tuple[int, int] = (0, 0)  # tokens guessed for it up to now, and those that came true; on steps that verified some
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

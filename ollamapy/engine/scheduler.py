@@ -228,8 +228,7 @@ class Scheduler:
     def _accept_drafted(self, seq: Sequence, found: list[Result], drafted: int, now: int) -> Output:
         """Several tokens of one step, as if each had come by a step of its own; the blocks of wrong guesses come back."""
         told: list[Output] = []
-        seq.num_drafted += drafted
-        self.num_drafts += 1
+        seq.num_drafted, self.num_drafts = seq.num_drafted + drafted, self.num_drafts + 1
         self.num_drafted += drafted
         for place, result in enumerate(found):
             if place:
@@ -243,7 +242,8 @@ class Scheduler:
         else:
             self.blocks.trim(seq, len(seq.token_ids))
         tokens = [token for output in told for token in output.token_ids]
-        return Output(seq.request_id, tokens, [entry for output in told for entry in output.logprobs], told[-1].finish)
+        logprobs, drafts = [entry for output in told for entry in output.logprobs], (seq.num_drafted, seq.num_accepted)
+        return Output(seq.request_id, tokens, logprobs, told[-1].finish, drafts=drafts)
 
     def _accept(self, seq: Sequence, result: Result, now: int) -> Output:
         queued = cached = 0

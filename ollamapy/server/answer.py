@@ -129,6 +129,7 @@ async def answer(
     record.queue_position = engine.num_waiting
     start = first = last = time.monotonic_ns()
     finish: Finish | None = None
+    drafts = (0, 0)
     told: list[Logprob] = []  # of the prompt's tokens
     outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params, record.caller))
     async with aclosing(outputs), record.failing():
@@ -143,6 +144,7 @@ async def answer(
                 told.clear()
             shown = text.feed(output)
             finish = output.finish
+            drafts = output.drafts if any(output.drafts) else drafts
             record.cached_tokens += output.cached_tokens
             for piece in _pieces(parser.feed(shown) if shown else [], text.take_logprobs()):
                 yield piece
@@ -150,7 +152,7 @@ async def answer(
                 break
     for piece in _pieces(parser.feed(text.flush(), done=True), text.take_logprobs()):
         yield piece
-    end = _end(text, finish, first - start, last - first, record.cached_tokens)
+    end = _end(text, finish, first - start, last - first, record.cached_tokens, drafts)
     record.generated(end.reason, finish)
     yield Piece(end=end)
 
@@ -164,10 +166,10 @@ def _pieces(events: list[ChatEvent], logprobs: tuple[Logprob, ...]) -> list[Piec
     return pieces
 
 
-def _end(text: _Text, finish: Finish | None, prompt_ns: int, decode_ns: int, cached: int) -> End:
+def _end(text: _Text, finish: Finish | None, prompt_ns: int, decode_ns: int, cached: int, drafts: tuple[int, int]) -> End:
     """By the engine's own account, or by ours when a stop string or the repeat guard ended the answer before it did."""
     if text.ended or finish is None:
-        return End(text.ended or "stop", text.token_ids, text.count, prompt_ns, decode_ns, cached)
+        return End(text.ended or "stop", text.token_ids, text.count, prompt_ns, decode_ns, cached, *drafts)
     return End(
         finish.reason,
         text.token_ids,

@@ -20,6 +20,8 @@ def test_guesses_show_in_the_answer_and_do_not_change_it(daemon: Daemon) -> None
     on = daemon.post("/api/generate", {**asked, "options": options}).json()
     assert on["response"] == off["response"] and on["eval_count"] == off["eval_count"]
     assert "draft_count" not in off and on["draft_count"] >= on["draft_accepted_count"] > 0
+    cut = daemon.post("/api/generate", {**asked, "options": {**options, "stop": [on["response"][-9:]]}}).json()
+    assert cut["done_reason"] == "stop" and cut["draft_count"] >= cut["draft_accepted_count"] > 0, "ended by its stop string"
     none = daemon.post("/api/generate", {**asked, "options": {**options, "draft_num_predict": 0}}).json()
     assert none["response"] == off["response"] and "draft_count" not in none
 
