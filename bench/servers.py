@@ -23,7 +23,8 @@ from tests import daemon
 
 NAME = "bench"
 CONTEXT = 2048  # tokens of each user
-START_SECONDS = 240.0  # vLLM compiles for a minute or two
+PLAIN = "{% for message in messages %}{{ message.content }}\n{% endfor %}"  # where a file has no chat template
+START_SECONDS = 600.0  # vLLM compiles for a minute or two, longer where others compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def vllm(program: Path, folder: Path, model: Path, threads: int) -> Iterator[Run
     with tempfile.TemporaryDirectory() as scratch:
         with GGUFFile.open(model) as file:
             template = Path(scratch) / "chat.jinja"
-            template.write_text(file.metadata["tokenizer.chat_template"])
+            template.write_text(file.metadata.get("tokenizer.chat_template", PLAIN))
         command = [
             str(program),
             "serve",
