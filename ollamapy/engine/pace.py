@@ -2,13 +2,15 @@
 
 A step that also computes a prompt is longer for everybody who waits for a next token. The engine tells what its steps took;
 from that come the seconds of a step that only decodes and of a prompt token, and so the chunk with which a step takes
-`slowdown` times as long as decoding alone. Beside nobody the whole token budget is used.
+`slowdown` times as long as decoding alone. Beside nobody the whole token budget is used. Short prompts, those that begin and
+end in one step, may take SHORT times as much: in a burst of them each waits for those before it, and they are soon done.
 """
 
 from __future__ import annotations
 
 import math
 
+SHORT = 4.0  # times the share of a chunk
 MIN_CHUNK = 8  # prompt tokens of a step, whatever they cost: a prompt moves on
 WEIGHT = 0.3  # of the newest observation
 OUTLIER = 4.0  # times what was expected: more than that is counted as that much (a page fault, a busy machine)
@@ -25,8 +27,9 @@ class Pace:
         self._prompt = math.nan  # seconds of a prompt token
         self._mixed = 0.0  # seconds of mixed steps since the last that only decoded
 
-    def budget(self, num_rows: int) -> int:
-        """Prompt tokens beside `num_rows` rows that decode; 0 in a step that is to show what decoding alone takes."""
+    def budget(self, num_rows: int, share: float = 1.0) -> int:
+        """Prompt tokens beside `num_rows` rows that decode, `share` times as many as a chunk may have; 0 in a step that is to
+        show what decoding alone takes."""
         left = self.limit - num_rows
         if num_rows == 0 or self.slowdown <= 1:
             return left
@@ -35,7 +38,7 @@ class Pace:
             return 0
         if math.isnan(self._prompt):
             return min(left, MIN_CHUNK)
-        return min(left, max(MIN_CHUNK, int((self.slowdown - 1) * decode / self._prompt)))
+        return min(left, max(MIN_CHUNK, int(share * (self.slowdown - 1) * decode / self._prompt)))
 
     def record(self, num_rows: int, num_prompt_tokens: int, seconds: float) -> None:
         """What a step took. A failed one that was run again in parts is counted as it was."""

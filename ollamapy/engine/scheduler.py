@@ -18,7 +18,7 @@ import msgspec
 
 from ollamapy.engine.blocks import BlockManager, Hit
 from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, lane
-from ollamapy.engine.pace import Pace
+from ollamapy.engine.pace import SHORT, Pace
 from ollamapy.engine.protocol import Embedding, Output, Plan
 from ollamapy.engine.schedule import Schedule, finish
 from ollamapy.engine.sequence import Result, Sequence
@@ -68,7 +68,7 @@ class Scheduler:
         step = Schedule()
         self._schedule_decodes(step, now)
         if len(step) < len(self.running):
-            self._schedule_prefills(step, self.pace.budget(sum(step.num_tokens)), now)
+            self._schedule_prefills(step, now)
         return step
 
     def _admit(self, now: int) -> None:
@@ -112,7 +112,7 @@ class Scheduler:
         return max(among, key=lambda seq: (lane(seq, now), running[seq.caller.client], age(seq)))
 
     def _schedule_decodes(self, step: Schedule, now: int) -> None:
-        decoding = [seq for seq in self.running if _left(seq) == 1 and seq.block_tables and seq.first_scheduled_ns]
+        decoding = [seq for seq in self.running if seq.num_uncomputed == 1 and seq.block_tables and seq.first_scheduled_ns]
         preempted: set[Sequence] = set()
         counts: dict[Sequence, int] = {}
         for seq in decoding:
@@ -128,21 +128,25 @@ class Scheduler:
         step.num_tokens = [counts[seq] for seq in step.sequences]
         step.num_decodes = len(step)
 
-    def _schedule_prefills(self, step: Schedule, budget: int, now: int) -> None:
+    def _schedule_prefills(self, step: Schedule, now: int) -> None:
         """Next chunks of prompts: by fair share between clients, the shortest rest first within one, and a part of the budget
-        for the oldest whatever its length. None that decode in this step lose their blocks to it."""
+        for the oldest whatever its length. Prompts that begin and end in this step have a larger budget, `whole`. None that
+        decode in this step lose their blocks to it."""
+        rows = sum(step.num_tokens)
+        budget, whole = self.pace.budget(rows), self.pace.budget(rows, SHORT)
         scheduled, preempted = set(step.sequences), set[Sequence]()
         prompts = [seq for seq in self.running if seq not in scheduled]
         oldest = prompts[0]
-        kept = min(len(oldest.token_ids) - oldest.num_computed, max(budget // OLDEST_SHARE, 1))
-        for seq in sorted(prompts, key=lambda seq: (lane(seq, now), self.shares.served(seq), _left(seq), age(seq))):
+        kept = min(oldest.num_uncomputed, -(-budget // OLDEST_SHARE))
+        for seq in sorted(prompts, key=lambda seq: (lane(seq, now), self.shares.served(seq), seq.num_uncomputed, age(seq))):
             if seq is oldest:
-                kept = 0
-            if budget - kept <= 0 or seq in preempted:
+                budget, kept = max(budget, kept), 0  # short ones may have taken more than all of it
+            if whole - kept <= 0 or seq in preempted:
                 continue
             if not seq.block_tables or not seq.first_scheduled_ns:
                 self._reuse(seq, self._lookup(seq))
-            count = self._chunk(seq, budget - kept, step)
+            short = not seq.first_scheduled_ns and seq.num_uncomputed <= whole - kept
+            count = self._chunk(seq, whole - kept if short else max(budget - kept, 0), step)
             while count and not self.blocks.grow(seq, seq.num_computed + count):
                 younger = self._yielding(seq, scheduled, now)
                 if younger:
@@ -157,7 +161,7 @@ class Scheduler:
                 scheduled.add(seq)
                 step.sequences.append(seq)
                 step.num_tokens.append(count)
-                budget -= count
+                budget, whole = budget - count, whole - count
 
     def _yielding(self, seq: Sequence, scheduled: set[Sequence], now: int) -> list[Sequence]:
         """Whose blocks a prompt may take: younger ones that are not in this step, and not in a better lane."""
@@ -183,7 +187,7 @@ class Scheduler:
 
     def _chunk(self, seq: Sequence, budget: int, step: Schedule) -> int:
         """Tokens of a prompt to compute now; a whole prompt may pass the budget when it has the step to itself."""
-        left = _left(seq)
+        left = seq.num_uncomputed
         if self.whole_prompts:
             return left if left <= budget or not len(step) else 0
         return min(left, budget)
@@ -293,8 +297,3 @@ class Scheduler:
             if seq.num_blocks * self.blocks.block_size < seq.num_computed:
                 problems.append(f"request {seq.request_id} has {seq.num_computed} tokens in {seq.num_blocks} blocks")
         return problems
-
-
-def _left(seq: Sequence) -> int:
-    """Tokens of a prompt still to be computed."""
-    return len(seq.token_ids) - seq.num_computed

@@ -75,3 +75,45 @@ def test_paced_prompts_give_the_same_answers() -> None:
         assert answer.tokens == alone(prompts[i], max_tokens=20).tokens
     beside = [tokens - seqs for seqs, tokens in run.model.batch_sizes if seqs > 2]
     assert 0 < max(beside) < 60, "chunks beside others were smaller than the prompt"
+
+
+def paced(run: Run, decode: float, prompt: float) -> None:
+    """Lets the pace be what such costs lead to, whatever steps take here."""
+    pace = run.engine.scheduler.pace
+    pace.record = lambda *_: None  # type: ignore[method-assign]
+    pace._decode, pace._prompt = dict.fromkeys(range(8), decode), prompt
+
+
+def test_a_burst_of_short_prompts_waits_less_than_a_long_one() -> None:
+    """A chunk is 15 tokens beside others, short prompts may take 60: six of ten each step, less what the long one keeps."""
+    run = Run(slowdown=2.5, max_batch_tokens=512, num_blocks=512)
+    paced(run, 0.01, 0.001)
+    run.add(0, [1], max_tokens=60)
+    run.step()
+    run.step()
+    run.add(1, [2, *range(80)] + [5] * 20, max_tokens=1)
+    for i in range(2, 14):
+        run.add(i, [i, *range(9)], max_tokens=40)
+    for _ in range(3):
+        run.step()
+    assert run.model.batch_sizes[2:5] == [(7, 1 + 50 + 4), (12, 6 + 50 + 4), (14, 11 + 20 + 4)]
+    seq = run.engine.scheduler.sequences[1]
+    run.step()
+    assert seq.num_computed == 3 * 4 + 15, "alone it has the whole chunk"
+    for i, answer in run.drain().items():
+        assert answer.finish is not None and len(answer.tokens) == (60 if i == 0 else 1 if i == 1 else 40)
+    assert max(tokens - seqs for seqs, tokens in run.model.batch_sizes[5:]) <= 15, "nor has its last chunk more"
+
+
+def test_the_oldest_moves_on_beside_a_stream_of_short_prompts() -> None:
+    run = Run(slowdown=2.5, max_batch_tokens=512, num_blocks=512, max_num_seqs=16)
+    paced(run, 0.01, 0.001)
+    run.add(0, [1], max_tokens=120)
+    run.step()
+    run.add(1, [2] * 100, max_tokens=1)
+    for i in range(2, 202):
+        run.add(i, [i % 80, *range(14)], max_tokens=1)
+    for _ in range(30):  # 15 // 4 and one tokens each
+        run.step()
+    assert run.answers[1].finish is not None and run.engine.scheduler.waiting
+    run.drain()
