@@ -62,6 +62,9 @@ def _running_row(model: RunningModel) -> tuple[str, ...]:
 
 def _details(model: RunningModel) -> list[str]:
     rows = [("note", note) for note in model.notes] + _flat(model.engine)
+    stats = model.engine.get("stats", {})
+    if asked := stats.get("prefix_query_tokens"):
+        rows.append(("stats prefix hit rate", f"{stats['prefix_hit_tokens'] / asked:.0%}"))
     return [f"    {line}" for line in columns([(name.replace("_", " "), value) for name, value in rows])]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-SHORT = 4.0  # times the share of a chunk
+SHORT = 2.5  # times the share of a chunk
 MIN_CHUNK = 8  # prompt tokens of a step, whatever they cost: a prompt moves on
 WEIGHT = 0.3  # of the newest observation
 OUTLIER = 4.0  # times what was expected: more than that is counted as that much (a page fault, a busy machine)

@@ -106,6 +106,7 @@ def test_ps_and_stop(daemon: Daemon) -> None:
     assert table[1][0] == "speaker:latest" and table[1][3:] == ["100% CPU", "2048", "Forever"]
     verbose = daemon.ok("ps", "--verbose", "speaker")
     assert re.search(r"\n    architecture +llama\n", verbose) and re.search(r"\n    stats integrity +ok\n", verbose)
+    assert re.search(r"\n    stats prefix hit rate +\d+%(\n|$)", verbose)
     daemon.ok("run", "speaker", "--keepalive", "10m", "hi")
     assert rows(daemon.ok("ps"))[1][5] in ("9 minutes from now", "10 minutes from now")
     assert daemon.ok("stop", "speaker") == ""

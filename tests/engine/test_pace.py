@@ -64,8 +64,16 @@ def test_one_slow_step_does_not_stop_a_prompt() -> None:
     assert usual / 2 <= pace.budget(4) <= usual
 
 
+def paced(run: Run, decode: float, prompt: float) -> None:
+    """Lets the pace be what such costs lead to, whatever steps take here."""
+    pace = run.engine.scheduler.pace
+    pace.record = lambda *_: None  # type: ignore[method-assign]
+    pace._decode, pace._prompt = dict.fromkeys(range(8), decode), prompt
+
+
 def test_paced_prompts_give_the_same_answers() -> None:
     run = Run(slowdown=1.1, max_batch_tokens=64, num_blocks=256)
+    paced(run, 0.01, 0.001)
     prompts = {i: [i % 80, *range(60)] for i in range(12)}
     for i, prompt in prompts.items():
         run.add(i, prompt, max_tokens=20)
@@ -74,18 +82,11 @@ def test_paced_prompts_give_the_same_answers() -> None:
     for i, answer in run.drain().items():
         assert answer.tokens == alone(prompts[i], max_tokens=20).tokens
     beside = [tokens - seqs for seqs, tokens in run.model.batch_sizes if seqs > 2]
-    assert 0 < max(beside) < 60, "chunks beside others were smaller than the prompt"
-
-
-def paced(run: Run, decode: float, prompt: float) -> None:
-    """Lets the pace be what such costs lead to, whatever steps take here."""
-    pace = run.engine.scheduler.pace
-    pace.record = lambda *_: None  # type: ignore[method-assign]
-    pace._decode, pace._prompt = dict.fromkeys(range(8), decode), prompt
+    assert max(beside) == MIN_CHUNK - 1, "chunks beside others were smaller than the prompt"
 
 
 def test_a_burst_of_short_prompts_waits_less_than_a_long_one() -> None:
-    """A chunk is 15 tokens beside others, short prompts may take 60: six of ten each step, less what the long one keeps."""
+    """A chunk is 15 tokens beside others, short prompts may take 37: three of ten in a step, less what the long one keeps."""
     run = Run(slowdown=2.5, max_batch_tokens=512, num_blocks=512)
     paced(run, 0.01, 0.001)
     run.add(0, [1], max_tokens=60)
@@ -94,15 +95,15 @@ def test_a_burst_of_short_prompts_waits_less_than_a_long_one() -> None:
     run.add(1, [2, *range(80)] + [5] * 20, max_tokens=1)
     for i in range(2, 14):
         run.add(i, [i, *range(9)], max_tokens=40)
-    for _ in range(3):
+    for _ in range(4):
         run.step()
-    assert run.model.batch_sizes[2:5] == [(7, 1 + 50 + 4), (12, 6 + 50 + 4), (14, 11 + 20 + 4)]
+    assert run.model.batch_sizes[2:6] == [(5 + 3 * step, 1 + 3 * step + 30 + 4) for step in range(4)]
     seq = run.engine.scheduler.sequences[1]
     run.step()
-    assert seq.num_computed == 3 * 4 + 15, "alone it has the whole chunk"
+    assert seq.num_computed == 4 * 4 + 15, "alone it has the whole chunk"
     for i, answer in run.drain().items():
         assert answer.finish is not None and len(answer.tokens) == (60 if i == 0 else 1 if i == 1 else 40)
-    assert max(tokens - seqs for seqs, tokens in run.model.batch_sizes[5:]) <= 15, "nor has its last chunk more"
+    assert max(tokens - seqs for seqs, tokens in run.model.batch_sizes[6:]) <= 15, "nor has its last chunk more"
 
 
 def test_the_oldest_moves_on_beside_a_stream_of_short_prompts() -> None:
