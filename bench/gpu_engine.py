@@ -31,6 +31,7 @@ def make(shape: Shape, device: torch.device, family: str) -> Llama:
     config = ModelConfig.from_gguf(make_model.metadata(shape, "Q4_K_M"))
     ops.choose(device, family, (shape.head,))
     model = Llama(config, {name: size for name, (_, size) in named.items()})
+    model.place(device)
     for name, layer, key, declared in declared_tensors(model):
         type, size = named[(declared.sources or (name,))[0]]
         if type is GGMLType.F32:
@@ -38,14 +39,14 @@ def make(shape: Shape, device: torch.device, family: str) -> Llama:
         else:
             weight = random_weight(type, size[0], size[1], device)
         layer.load(key, ops.prepare(weight, device, declared.use))
-    model.prepare(device)
+    model.prepare()
     return model
 
 
 def graphs_of(engine: Engine) -> bool | None:
-    """Whether the engine decodes through CUDA graphs; None: it has none."""
+    """Whether the engine has decoded through CUDA graphs; None: it has none."""
     graphs = getattr(engine.runner, "graphs", None)
-    return None if graphs is None else bool(graphs)
+    return None if graphs is None else bool(graphs.num_replayed)
 
 
 def decode(engine: Engine, count: int, steps: int, vocab: int) -> float:
@@ -53,7 +54,7 @@ def decode(engine: Engine, count: int, steps: int, vocab: int) -> float:
     numbers = random.Random(0)
     for request_id in range(count):
         engine.add(
-            request_id, [numbers.randrange(vocab) for _ in range(8)], SamplingParams(temperature=0.0, max_tokens=4 * steps)
+            request_id, [numbers.randrange(vocab) for _ in range(8)], SamplingParams(temperature=0.0, max_tokens=4 * steps + 8)
         )
     started: set[int] = set()
     while len(started) < count:
@@ -87,16 +88,27 @@ def prefill(engine: Engine, length: int, vocab: int) -> float:
 
 
 def run(device: torch.device, family: str, row: Callable[..., None]) -> None:
+    """The 1B model with one sequence, as llama.cpp is timed; the 8B model with up to 64, and prompts."""
+    if device.type == "cpu":
+        _measure(device, family, row, SHAPES["tiny"], [1], [8])
+        return
+    _measure(device, family, row, SHAPES["llama-1b"], [1], [512])
+    _measure(device, family, row, SHAPE_8B, [1, 8, 32, 64], [512, 2048])
+
+
+def _measure(
+    device: torch.device, family: str, row: Callable[..., None], shape: Shape, batches: list[int], prompts: list[int]
+) -> None:
     small = device.type == "cpu"
-    shape = SHAPES["tiny"] if small else SHAPE_8B
     start = time.perf_counter()
     model = make(shape, device, family)
     row(made=shape.name, family=family, seconds=round(time.perf_counter() - start, 1), kernels=ops.chosen())
     limits = {"num_blocks": 64, "context_length": 128, "max_batch_tokens": 64} if small else {"num_blocks": 2048}
     plan = Plan("", device=str(device), block_size=BLOCK, kv_dtype="f32" if small else "f16", prefix_cache=False, **limits)  # type: ignore[arg-type]
     engine = Engine(model, plan, ops.chosen())
-    for count in [1] if small else [1, 8, 32, 64]:
+    facts = {"model": shape.name, "family": family}
+    for count in batches:
         speed = decode(engine, count, 1 if small else 64, shape.vocab)
-        row(batch=count, family=family, graphs=graphs_of(engine), tokens_per_second=round(speed, 1))
-    for length in [8] if small else [512, 2048]:
-        row(prompt=length, family=family, tokens_per_second=round(prefill(engine, length, shape.vocab), 1))
+        row(batch=count, **facts, graphs=graphs_of(engine), tokens_per_second=round(speed, 1))
+    for length in prompts:
+        row(prompt=length, **facts, tokens_per_second=round(prefill(engine, length, shape.vocab), 1))

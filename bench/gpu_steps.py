@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,25 +74,49 @@ def build(device: torch.device, report: Report) -> None:
 
 
 def kernels(device: torch.device, report: Report) -> None:
-    """The checks of tests/cuda on the device, and under compute-sanitizer where that is installed."""
+    """The checks of tests/cuda and tests/triton on the device, all at once, and then under compute-sanitizer where that is
+    installed. Triton's checks hold tensors of the host: TRITON_CHECK_DEVICE has their launches carried to the device."""
     environment = dict(os.environ)
-    if device.type == "cpu":
+    small = device.type == "cpu"
+    if small:
         from tests.cuda import on_cpu
 
         environment["CUDA_CHECK_LIBRARY"] = str(on_cpu.build(ROOT / "build" / "cuda_on_cpu", forms=("Q4_K", "Q6_K")))
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+    else:
+        environment["TRITON_CHECK_DEVICE"] = str(device)
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--maxfail=5", "-m", "gpu or not gpu"]
     cuda = ["tests/cuda/check_linear.py", "tests/cuda/check_elementwise.py"]
-    triton = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "triton").glob("check_*.py"))
-    runs = {"cuda": [*pytest, *cuda], "triton": [*pytest[:-2], *(triton[:1] if device.type == "cpu" else triton)]}
-    runs["sanitizer"] = ["compute-sanitizer", "--error-exitcode=1", *pytest, *cuda, "-k", "Q4_K or Q6_K or rope"]
-    for name, command in runs.items():
-        try:
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-        except (OSError, subprocess.TimeoutExpired) as problem:
-            report.row(checks=name, passed=None, summary=f"not run: {problem}"[:300])
-            continue
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        report.row(checks=name, passed=done.returncode == 0, summary=" | ".join(lines[-3:])[-600:])
+    triton = sorted(path.stem for path in (ROOT / "tests" / "triton").glob("check_*.py"))
+    runs = {"cuda": [*pytest, *cuda]}
+    runs |= {f"triton {name}": [*pytest, f"tests/triton/{name}.py"] for name in (triton[1:2] if small else triton)}
+    together(runs, environment, 65, report)
+    sanitizer = ["compute-sanitizer", "--error-exitcode=1", *pytest, *cuda, "-k", "Q4_K or Q6_K or rope or norm"]
+    together({"sanitizer": sanitizer}, environment, 40, report)
+
+
+def together(runs: dict[str, list[str]], environment: dict[str, str], limit: float, report: Report) -> None:
+    """Processes at once, for checks of correctness; those that are not done within `limit` seconds are ended, and say so."""
+    deadline = time.monotonic() + limit
+    with tempfile.TemporaryDirectory() as folder:
+        started = {}
+        for name, command in runs.items():
+            log = Path(folder) / name
+            try:
+                with log.open("w") as out:
+                    started[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+            except OSError as problem:
+                report.row(checks=name, passed=None, summary=f"not run: {problem}")
+        for name, process in started.items():
+            try:
+                passed: bool | None = process.wait(max(deadline - time.monotonic(), 0.1)) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                passed = None
+            lines = (Path(folder) / name).read_text().strip().splitlines()
+            report.row(
+                checks=name, passed=passed, summary=("" if passed is not None else "not done: ") + " | ".join(lines[-3:])[-600:]
+            )
 
 
 def time_kernels(device: torch.device, report: Report) -> None:
@@ -158,27 +183,32 @@ def many_rows(device: torch.device, report: Report, shape: tuple[GGMLType, int, 
 
 
 def end_to_end(device: torch.device, report: Report) -> None:
-    """Decode and prefill of a random 8B Q4_K_M, made on the device, through the engine."""
+    """Decode and prefill of random models in Q4_K_M, made on the device, through the engine. On a CPU by the CPU's kernels:
+    what is interpreted would take minutes."""
     from bench import gpu_engine
 
     library(device)
-    for family in ("triton",) if device.type == "cpu" else ("csrc", "triton"):
+    for family in ("csrc",) if device.type == "cpu" else ("csrc", "triton"):
         report.attempt(family, lambda f=family: gpu_engine.run(device, f, report.row))
 
 
 def llama(device: torch.device, report: Report) -> None:
-    """llama-bench on a file of the same shapes, where LLAMA_CPP_BIN says where it is."""
+    """llama-bench on a 1B file of the shapes that `e2e` has, where LLAMA_CPP_BIN says where it is; 8B is 4.9 GB to write."""
     folder = os.environ.get("LLAMA_CPP_BIN", "")
-    if not folder or device.type == "cpu":
-        report["skipped"] = "LLAMA_CPP_BIN is not set" if not folder else "no GPU"
+    if not folder:
+        report["skipped"] = "LLAMA_CPP_BIN is not set"
         return
-    from bench import gpu_engine, make_model
+    from bench import make_model
 
-    path = make_model.make(ROOT / "build" / "random-llama-8b.gguf", gpu_engine.SHAPE_8B, "Q4_K_M")
-    command = [f"{folder}/llama-bench", "-m", str(path), "-ngl", "99", "-fa", "1", "-p", "512,4096", "-n", "128", "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    small = device.type == "cpu"
+    shape = make_model.SHAPES["tiny" if small else "llama-1b"]
+    path = make_model.make(ROOT / "build" / f"{shape.name}.gguf", shape, "Q4_K_M")
+    sizes = ["-ngl", "0", "-p", "8", "-n", "2"] if small else ["-ngl", "99", "-fa", "1", "-p", "512", "-n", "128"]
+    done = subprocess.run([f"{folder}/llama-bench", "-m", str(path), *sizes, "-o", "json"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"llama-bench: {done.stderr[-1500:]}")
     for row in json.loads(done.stdout):
-        report.row(prompt=row["n_prompt"], generated=row["n_gen"], tokens_per_second=round(row["avg_ts"], 1))
+        report.row(model=shape.name, prompt=row["n_prompt"], generated=row["n_gen"], tokens_per_second=round(row["avg_ts"], 1))
 
 
 STEPS = {"build": build, "kernels": kernels, "time": time_kernels, "e2e": end_to_end, "llama": llama}

@@ -10,6 +10,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.triton.conftest import carry_launches
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -30,6 +33,22 @@ def run(*command: str, **environment: str) -> None:
 @pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("check_*.py")))
 def test_interpreted(file: str) -> None:
     run("-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / file), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+def test_launches_are_carried() -> None:
+    """As natively on a GPU (here to other memory of the host): views of one memory stay so, and what is written comes back."""
+
+    class Kernel:
+        def run(self, floats: torch.Tensor, bits: torch.Tensor, *, tail: torch.Tensor, size: int) -> None:
+            assert floats.untyped_storage().data_ptr() == bits.untyped_storage().data_ptr() != store.data_ptr()
+            assert floats.stride() == (2,) and size == 4
+            floats += 1
+            tail.zero_()
+
+    carry_launches(Kernel, "cpu")
+    store = torch.arange(8.0)
+    Kernel().run(store[2::2], store.view(torch.int32), tail=store[7:], size=4)
+    assert store.tolist() == [0, 1, 3, 3, 5, 5, 7, 0]
 
 
 @pytest.mark.timeout(400)
