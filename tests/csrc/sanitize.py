@@ -32,11 +32,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
-        for part in ("ollamapy", "csrc", "tests"):
+        for part in ("ollamapy", "triton_kernels", "csrc", "tests"):
             shutil.copytree(ROOT / part, tree / part, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", tree)
+        own = tuple(name for name, isa in _build.isas().items() if not isa.kernels_of)  # the others run the same code again
         library = tree / "ollamapy" / _build.LIBRARY
-        commands = _build.compile_commands(tree / "csrc", torch, compiler, tuple(_build.isas()))
+        commands = _build.compile_commands(tree / "csrc", torch, compiler, own)
         _build.build(library, Path(folder) / "objects", commands, torch, extra=FLAGS)
         assert b"__asan_report_load" in library.read_bytes(), "built without the sanitizers"
         variables = {

@@ -3,94 +3,12 @@
 // The keys of a row are taken in chunks of kChunk at absolute positions; each chunk is a softmax of its own that is merged
 // into the running one in ascending order. So a row's result depends neither on the other rows nor on how rows were grouped.
 #pragma once
-#include "../decoder.h"
-#include "simd.h"
+#include "cache.h"
 
 namespace ollamapy::OLLAMAPY_ISA {
 namespace {
 
 constexpr int kChunk = 256, kMaxHead = 256;
-
-// Bytes of one KV head's keys (or values) of a block of 16 tokens.
-template <CacheType C>
-constexpr int64_t head_bytes(int length) { return C == kCacheQ8_0 ? length / 32 * kQ8GroupBytes : int64_t(length) * 16 * (C == kCacheF32 ? 4 : 2); }
-
-// Byte of component d of token `lane`: keys lie (component, 16 tokens), values (16 tokens, component); both by groups of 32
-// components in q8_0, each group followed by the scales of the 16 tokens.
-template <CacheType C>
-INLINE int64_t key_at(int d, int lane) { return C == kCacheQ8_0 ? d / 32 * kQ8GroupBytes + d % 32 * 16 + lane : (d * 16 + lane) * (C == kCacheF32 ? 4 : 2); }
-template <CacheType C>
-INLINE int64_t value_at(int d, int lane, int length) { return C == kCacheQ8_0 ? d / 32 * kQ8GroupBytes + lane * 32 + d % 32 : (int64_t(lane) * length + d) * (C == kCacheF32 ? 4 : 2); }
-
-template <CacheType C>
-INLINE F load_cache(const uint8_t* p) {  // 16 elements; of q8_0 the quants
-  if constexpr (C == kCacheF16) return load_half(p);
-  else if constexpr (C == kCacheBF16) return load_bf16(p);
-  else if constexpr (C == kCacheQ8_0) return load_s8(p);
-  else return load((const float*)p);
-}
-
-INLINE uint16_t half_bits(float x) {
-#if defined(__F16C__)
-  return _cvtss_sh(x, 0);
-#else
-  return float_to_half_bits(x);
-#endif
-}
-INLINE float half_value(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  return half_bits_to_float(h);
-#endif
-}
-
-// 32 values as one block of Q8_0: the scale is max|x| / 127 as a half, and the quants are rounded to multiples of that half,
-// so that no value is off by more than half a step. An infinity or a NaN makes the scale that.
-INLINE void quantize_q8_0(const float* x, int8_t q[32], uint16_t* scale) {
-  const F low = load(x), high = load(x + 16);
-  *scale = half_bits(top_magnitude(low, high) / 127.0f);
-  const float step = half_value(*scale);
-  if (!(step > 0.0f && step < __builtin_inff())) {
-    memset(q, 0, 32);
-    return;
-  }
-  const F inverse = splat(1.0f / step), most = splat(127.0f), least = splat(-127.0f), zero = splat(0.0f);
-  for (int i = 0; i < 2; i++) {  // a step that is a subnormal half may be a good deal too small
-    const F y = max(mul(i ? high : low, inverse), least);
-    store_rounded(q + 16 * i, sub(zero, max(sub(zero, y), sub(zero, most))));
-  }
-}
-
-// A token's keys (keys = true) or values of one head, at `lane` of the head's block.
-template <CacheType C, bool keys>
-INLINE void store_cache(uint8_t* head, int lane, const float* x, int length) {
-  const auto at = [&](int d) { return head + (keys ? key_at<C>(d, lane) : value_at<C>(d, lane, length)); };
-  if constexpr (C == kCacheQ8_0) {
-    for (int d = 0; d < length; d += 32) {
-      int8_t q[32];
-      uint16_t scale;
-      quantize_q8_0(x + d, q, &scale);
-      for (int i = 0; i < 32; i++) memcpy(at(d + i), q + i, 1);
-      memcpy(head + d / 32 * kQ8GroupBytes + 512 + 2 * lane, &scale, 2);
-    }
-  } else {
-    for (int d = 0; d < length; d++) {
-      if constexpr (C == kCacheF32) memcpy(at(d), x + d, 4);
-      else {
-        uint16_t h;
-        if constexpr (C == kCacheBF16) {
-          uint32_t b;
-          memcpy(&b, x + d, 4);
-          h = uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
-        } else {
-          h = half_bits(x[d]);
-        }
-        memcpy(at(d), &h, 2);
-      }
-    }
-  }
-}
 
 template <CacheType C>
 struct PagedHead {  // the keys and values of one KV head of one sequence
@@ -105,6 +23,21 @@ struct AttendRow {
   float* y;            // (value_length,)
   int position;        // absolute
   const float* sink;   // an extra logit in the denominator, or null
+};
+
+// What a chunk reads, in that order: the keys of its blocks, their values, and the first keys of the chunk behind it. Blocks lie
+// anywhere, and the 2 to 8 KB of one are over before the CPU's own prefetcher has learned where they are: without asking ahead a
+// thread reads 10 GB/s.
+constexpr int kAheadBytes = 8192, kMostAhead = 16;
+struct Reads {
+  const uint8_t* parts[2 * kChunk / 16 + kMostAhead];
+  int count = 0, asked;  // asked: so many of the parts
+  int64_t bytes;         // of the larger parts
+
+  INLINE void ask(int end) {
+    for (; asked < end && asked < count; asked++)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(parts[asked] + at);
+  }
 };
 
 struct Running {  // softmax so far; the weighted sum of values stands in y, not yet divided
@@ -140,8 +73,8 @@ INLINE void scores(const float* const* q, const uint8_t* const* keys, int d, flo
 }
 
 // Sums of NV vectors of value components, from component 16 v0 on, weighted by p, over keys [first, last) of the chunk.
-template <CacheType C, int R, int NV>
-INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int first, int last, int dv, int v0, float* const* out) {
+template <CacheType C, int R, int NV, class Next>
+INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int first, int last, int dv, int v0, float* const* out, const Next& next) {
   constexpr int kGroups = C == kCacheQ8_0 ? (NV + 1) / 2 : 1;  // q8_0: a weight times the scale of each group
   alignas(64) float scaled[C == kCacheQ8_0 ? R : 1][kGroups][C == kCacheQ8_0 ? kChunk : 1];
   if constexpr (C == kCacheQ8_0)
@@ -154,6 +87,7 @@ INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int
   for (int r = 0; r < R; r++) for (int v = 0; v < NV; v++) acc[r][v] = splat(0.0f);
   for (int j = first; j < last; j++) {
     const uint8_t* block = value_blocks[j / 16];
+    if (j % 16 == 0) next(j / 16);
     F x[NV];
     for (int v = 0; v < NV; v++) x[v] = load_cache<C>(block + value_at<C>(16 * (v0 + v), j % 16, dv));
     for (int r = 0; r < R; r++) {
@@ -204,25 +138,34 @@ INLINE void soften(const AttentionShape& a, float* score, int blocks, int low, i
   sum = reduce_add(total);
 }
 
-// R rows over keys [begin, end); row r sees keys [low[r], high[r]).
+// R rows over keys [begin, end); row r sees keys [low[r], high[r]). asked: how many of the first blocks' keys are on their way;
+// becomes that of the next chunk.
 template <CacheType C, int R>
-void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, Running* running, const int* low, const int* high, int begin, int end) {
+void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, Running* running, const int* low, const int* high, int begin, int end, int& asked) {
   constexpr int kScoreBlocks = R <= 2 ? 8 : R <= 4 ? 4 : 2, kValueVectors = kScoreBlocks;  // chains enough to hide latency
   const AttentionShape& a = h.shape;
   alignas(64) float score[R][kChunk];
   alignas(64) float part[R][kMaxHead];
-  const uint8_t *keys[kChunk / 16], *values[kChunk / 16];
   const float *q[R], *weight[R];
   float *out[R], *parts[R], top[R], sum[R];
   const int blocks = (end - begin + 15) / 16;
+  const int64_t key_bytes = head_bytes<C>(a.key_length), value_bytes = head_bytes<C>(a.value_length);
+  Reads reads;
+  reads.asked = asked;
+  reads.bytes = key_bytes > value_bytes ? key_bytes : value_bytes;
+  const int ahead = int(kAheadBytes / reads.bytes < 1 ? 1 : kAheadBytes / reads.bytes < kMostAhead ? kAheadBytes / reads.bytes : kMostAhead);
+  const auto block = [&](int b) { return int64_t(h.table[begin / 16 + b]) * a.kv_heads + h.head; };
+  const uint8_t **keys = reads.parts, **values = reads.parts + blocks;
   for (int b = 0; b < blocks; b++) {
-    const int64_t id = int64_t(h.table[begin / 16 + b]) * a.kv_heads + h.head;
-    keys[b] = h.keys + id * head_bytes<C>(a.key_length);
-    values[b] = h.values + id * head_bytes<C>(a.value_length);
+    keys[b] = h.keys + block(b) * key_bytes;
+    values[b] = h.values + block(b) * value_bytes;
   }
+  reads.count = 2 * blocks;
+  for (int b = blocks; b < blocks + ahead && begin + 16 * b < h.length; b++) reads.parts[reads.count++] = h.keys + block(b) * key_bytes;
   for (int r = 0; r < R; r++) q[r] = rows[r].q, weight[r] = score[r], parts[r] = part[r];
   for (int b = 0; b < blocks;) {
     for (int r = 0; r < R; r++) out[r] = score[r] + 16 * b;
+    reads.ask(b + (b + kScoreBlocks <= blocks ? kScoreBlocks : 1) + ahead);
     if (b + kScoreBlocks <= blocks) scores<C, R, kScoreBlocks>(q, keys + b, a.key_length, out), b += kScoreBlocks;
     else scores<C, R, 1>(q, keys + b, a.key_length, out), b += 1;
   }
@@ -234,10 +177,13 @@ void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, Running* running
     last = g > last ? g : last;
   }
   constexpr int kRest = C == kCacheQ8_0 ? 2 : 1;  // a group of q8_0 is two vectors
+  const auto next = [&](int b) { reads.ask(blocks + b + 1 + ahead); };
   for (int v = 0; v < a.value_length / 16;) {
-    if (v + kValueVectors <= a.value_length / 16) weigh<C, R, kValueVectors>(weight, values, first, last, a.value_length, v, parts), v += kValueVectors;
-    else weigh<C, R, kRest>(weight, values, first, last, a.value_length, v, parts), v += kRest;
+    if (v + kValueVectors <= a.value_length / 16) weigh<C, R, kValueVectors>(weight, values, first, last, a.value_length, v, parts, next), v += kValueVectors;
+    else weigh<C, R, kRest>(weight, values, first, last, a.value_length, v, parts, next), v += kRest;
   }
+  reads.ask(reads.count);
+  asked = reads.count - 2 * blocks;
   for (int r = 0; r < R; r++) merge(running[r], rows[r].y, top[r], sum[r], part[r], a.value_length);
 }
 
@@ -256,8 +202,9 @@ void attend_block(const PagedHead<C>& h, const AttendRow* rows) {
     first = low[r] < first ? low[r] : first;
     last = high[r] > last ? high[r] : last;
   }
+  int asked = 0;
   for (int begin = first / kChunk * kChunk; begin < last; begin += kChunk)
-    attend_chunk<C, R>(h, rows, running, low, high, begin, begin + kChunk < last ? begin + kChunk : last);
+    attend_chunk<C, R>(h, rows, running, low, high, begin, begin + kChunk < last ? begin + kChunk : last, asked);
   for (int r = 0; r < R; r++) {
     float sum = running[r].sum, scale = 1.0f;
     if (rows[r].sink) {
