@@ -190,7 +190,7 @@ def test_hidden_states_of_the_wanted_rows_only(llama: File, tmp_path: Path) -> N
 def test_rotary_table_grows(llama: File, tmp_path: Path) -> None:
     """Positions beyond the first table give what a table of that size from the start gives."""
     model = load(llama, tmp_path)
-    table = next(iter(model._rotary.values()))
+    table = next(iter(model._stages[0]._rotary.values()))
     rope = next(iter(model._rotary))
     positions = torch.tensor([0, 5, 1023, 1024, 5000])
     cos, sin = table.rows(positions, 5001)
