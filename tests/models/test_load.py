@@ -191,7 +191,7 @@ def test_rotary_table_grows(llama: File, tmp_path: Path) -> None:
     """Positions beyond the first table give what a table of that size from the start gives."""
     model = load(llama, tmp_path)
     table = next(iter(model._stages[0]._rotary.values()))
-    rope = next(iter(model._rotary))
+    rope = next(iter(model._stages[0]._rotary))
     positions = torch.tensor([0, 5, 1023, 1024, 5000])
     cos, sin = table.rows(positions, 5001)
     inverse = 1.0 / (rope.base ** (torch.arange(0, rope.dims, 2).double() / rope.dims))
