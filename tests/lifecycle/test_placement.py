@@ -68,6 +68,8 @@ def test_a_cpu_plan() -> None:
     assert (made.context_length, made.kv_dtype, made.block_size, made.max_batch_tokens) == (4096, "f16", 16, 512)
     assert made.num_blocks == 8 * 4096 // 16, "8 contexts of 0.5 GiB are less than half of what is left"
     assert placed.kv_bytes == 4 * GIB
+    assert made.prefix_folder.endswith("/prefixes") and made.prefix_bytes == Settings().prefix_cache_bytes
+    assert place(cpu(32), prefix_cache_bytes=0).plan.prefix_folder == ""
     assert placed.notes == () and not placed.spilled
     assert placed.total_bytes < 10 * GIB
 
