@@ -27,7 +27,7 @@ LONGEST = 1024  # tokens of one sequence
 
 def plan(path: Path) -> Plan:
     tokens = max(LONGEST, max(figures.BATCHES) * (figures.BATCH_PROMPT + figures.BATCH_DECODE + 2 * BLOCK))
-    return Plan(str(path), num_blocks=tokens // BLOCK, context_length=LONGEST, prefix_cache=False)
+    return Plan(str(path), num_blocks=tokens // BLOCK, context_length=LONGEST, prefix_cache=False, slowdown=0.0)
 
 
 class Bench:
