@@ -138,9 +138,9 @@ class Formats:
             env=environment,
             start_new_session=True,  # Ctrl-C is the daemon's; the child ends with its stdin
         )
+        self._child = child  # before anything is awaited: a client that leaves now must not leave a process behind
         assert child.stdout is not None
         await child.stdout.readline()  # it has imported what it needs: the time that counts begins now
-        self._child = child
         return child
 
 
