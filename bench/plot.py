@@ -45,7 +45,9 @@ def _panel(panel: Any, model: Mapping[str, Any], columns: list[str]) -> None:
         bars = panel.bar(places, heights, width, yerr=[lows, highs], capsize=2, label=engine)
         panel.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=7, padding=2)
     panel.set_xticks(range(len(columns)), columns, fontsize=8)
-    panel.set_yscale("log")
+    if any(height > 0 for samples in engines.values() for values in samples.values() for height in values):
+        panel.set_yscale("log")
     panel.margins(y=0.15)
     panel.set_title(model["name"], fontsize=10)
-    panel.legend(fontsize=8)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8)

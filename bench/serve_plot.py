@@ -33,7 +33,8 @@ def draw(report: Mapping[str, Any], target: Path) -> str:
             panel.set_xlabel(axis, fontsize=8)
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
-            panel.legend(fontsize=8)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize=8)
     machine = report["machine"]
     figure.suptitle(f"{machine['cpu']}, {report['threads']} threads, commit {machine['commit']}")
     figure.tight_layout()
