@@ -115,6 +115,8 @@ class Settings:
         "OLLAMAPY_BATCH_INVARIANT", _boolean, False, "Triton: bits of an answer never depend on its batch"
     )
     precise: bool = _variable("OLLAMAPY_PRECISE", _boolean, False, "Keep activations and the KV cache in float32")
+    cuda_graphs: bool = _variable("OLLAMAPY_CUDA_GRAPHS", _boolean, True, "Record decoding steps on a GPU as CUDA graphs")
+    overlap: bool = _variable("OLLAMAPY_OVERLAP", _boolean, True, "On a GPU, start steps before the last one's tokens are read")
     metrics: str = _variable(
         "OLLAMAPY_METRICS", str, "", "Address for Prometheus' /metrics, such as 127.0.0.1:9464 (default: none)"
     )

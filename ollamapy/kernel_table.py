@@ -19,7 +19,7 @@ from ollamapy.kernel import Kernel, Place
 from ollamapy.quant.dequant import DEQUANT
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import attention as paged_attention
-from ollamapy.reference import sampling
+from ollamapy.reference import device_sampling, sampling
 
 FAMILIES = ("csrc", "triton", "reference")
 
@@ -136,4 +136,6 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("largest", "reference", sampling.largest, _anywhere),
     Kernel("log_totals", "reference", sampling.log_totals, _anywhere),
     Kernel("draw", "reference", sampling.draw, _anywhere),
+    Kernel("draw_on_device", "reference", device_sampling.draw, _anywhere),
+    Kernel("rank_on_device", "reference", device_sampling.ranked, _anywhere),
 )

@@ -261,4 +261,16 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> 
     return out
 
 
+def draw_on_device(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> Tensor:
+    """One token of each row, where the logits are: see `reference.device_sampling.draw`."""
+    out: Tensor = _choice.fn["draw_on_device"](logits, params, uniforms)
+    return out
+
+
+def rank_on_device(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens, where the logits are: see `reference.device_sampling.ranked`."""
+    out: tuple[Tensor, Tensor] = _choice.fn["rank_on_device"](logits, count)
+    return out
+
+
 choose(torch.device("cpu"))

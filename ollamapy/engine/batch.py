@@ -40,7 +40,7 @@ class Batch:
     seq_lens: Tensor  # (num_seqs,) int32, tokens in the cache after this step
     logit_rows: Tensor  # (num_logits,) int64: rows whose logits (or hidden states) are wanted
     query_lens: list[int]  # host copies of the same facts, so that nothing needs a device sync
-    context_lens: list[int]  # == seq_lens
+    context_lens: list[int]  # == seq_lens; of a recorded step (`engine.graphs`) bounds that hold at every replay
     adapters: tuple[AdapterRows, ...] = ()  # every row has one, or none has
     others: Sequence[Batch] = ()  # the same tokens with the slots and tables of layer groups 1, 2 ...; these are group 0's
 

@@ -14,10 +14,12 @@ from array import array
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
+from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.adapters import Adapters
 from ollamapy.engine.batch import RowAdapter
 from ollamapy.engine.execution import Execution, failure_text
 from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
+from ollamapy.engine.overlap import Overlap
 from ollamapy.engine.pooling import pooling_of
 from ollamapy.engine.prefix_store import PrefixStore
 from ollamapy.engine.prefixes import Prefixes
@@ -35,9 +37,9 @@ from ollamapy.engine.protocol import (
     Step,
 )
 from ollamapy.engine.runner import Model, ModelRunner
-from ollamapy.engine.schedule import finish
+from ollamapy.engine.schedule import Schedule, finish
 from ollamapy.engine.scheduler import Scheduler
-from ollamapy.engine.sequence import Pooling, Sequence, refusal
+from ollamapy.engine.sequence import Pooling, Result, Sequence, refusal
 from ollamapy.engine.speculation import Speculation
 from ollamapy.engine.speculation_draft import DraftModel
 from ollamapy.errors import EngineError, OllamapyError
@@ -51,27 +53,28 @@ EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
 
 
 class Engine:
-    """Runs one model by one plan. `kernels` (op -> implementation) and `load_ns` are passed on in `info`; `read_vocabulary`
-    is called, in a thread, when the first grammar comes. `draft_model` has the same vocabulary and guesses ahead."""
+    """Runs one model by one plan. `kernels` (op -> implementation) are told by `info`; `read_vocabulary` is called, in a
+    thread, when the first grammar comes. `draft_model` has the same vocabulary and guesses ahead. With an `accelerator`, steps
+    are recorded and overlap (`graphs`, `overlap`)."""
 
     def __init__(
         self,
         model: Model,
         plan: Plan,
         kernels: dict[str, str] | None = None,
-        load_ns: int = 0,
         read_vocabulary: Callable[[], Vocabulary] | None = None,
         draft_model: Model | None = None,
         load_adapter: Callable[[str], RowAdapter] | None = None,
         store: PrefixStore | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
-        self.model, self.plan = model, plan
-        self._kernels, self._load_ns = kernels or {}, load_ns
-        self.runner = ModelRunner(model, plan)
+        self.model, self.plan, self._kernels = model, plan, kernels or {}
+        self.runner = ModelRunner(model, plan, spare_blocks=int(accelerator is not None))  # for the padding of recorded steps
         self.scheduler = Scheduler(plan, not model.config.causal, store.key if store is not None else b"")
         self.prefixes = Prefixes(self.scheduler.blocks, self.runner.tensors, store) if store is not None else None
         self._pool_tokens = self.scheduler.blocks.max_tokens(plan.context_length)
-        self.execution = Execution(self.runner, plan)
+        self.execution = Execution(self.runner, plan, self._kernels, accelerator)
+        self.overlap = Overlap(self.execution, self.scheduler) if accelerator is not None and plan.overlap else None
         self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
         self.speculation = Speculation(plan, self.draft_model)
         self.grammars = Grammars(read_vocabulary)
@@ -84,7 +87,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         on_disk = self.prefixes is not None and self.prefixes.has_work
-        return bool(self.scheduler.sequences or self._pending or self._compiling or on_disk)
+        in_flight = self.overlap is not None and self.overlap.flight is not None
+        return bool(self.scheduler.sequences or self._pending or self._compiling or on_disk or in_flight)
 
     def add(self, request_id: int, token_ids: list[int], params: SamplingParams, caller: Caller = NOBODY) -> None:
         """Starts generating after `token_ids`. A request that cannot be run is answered by the next step. Raises EngineError
@@ -118,24 +122,51 @@ class Engine:
         if self.prefixes is not None and self.prefixes.has_work:
             self._exchange(self.prefixes)
         told, self._pending = self._pending, []
-        self.speculation.propose(self.scheduler.running)
-        schedule = self.scheduler.schedule()
-        if len(schedule):
-            if self.prefixes is not None:
-                self.prefixes.note(schedule.sequences)
-            start = time.perf_counter()
-            results = self.execution.run(schedule)
-            seconds = time.perf_counter() - start
-            self.speculation.observe(schedule, seconds)
-            self.scheduler.pace.record(schedule.num_decode_rows, schedule.num_prompt_tokens, seconds)
-            if self.prefixes is not None and sum(schedule.num_tokens) >= MEASURED_TOKENS:
-                self.prefixes.costs.computed(sum(schedule.num_tokens), seconds)
-            told += self.scheduler.commit(schedule, results)
-            self._num_steps += 1
-            self._check_when_idle()
+        told += self._advance() if self.overlap is None else self._advance_ahead(self.overlap)
         events: list[Event] = [Step(outputs)] if (outputs := [each for each in told if isinstance(each, Output)]) else []
         events += [each for each in told if isinstance(each, Embedding)]
         return events
+
+    def _advance(self) -> list[Output | Embedding]:
+        """Computes one step and what comes of it."""
+        schedule = self._schedule()
+        return self._run(schedule) if len(schedule) else []
+
+    def _advance_ahead(self, overlap: Overlap) -> list[Output | Embedding]:
+        """Ends the step that was started, if one was, and begins another: before its results are read, or at once after it."""
+        told: list[Output | Embedding] = []
+        if overlap.flight is not None:
+            on_disk = self.prefixes is not None and self.prefixes.has_work
+            schedule, results, seconds = overlap.land(may_follow=not on_disk)  # copies to and from disk wait for the device
+            told = self._commit(schedule, results, seconds) if len(schedule) else []
+            if overlap.flight is not None:
+                return told
+        schedule = self._schedule()
+        if not len(schedule) or overlap.start(schedule):
+            return told
+        return told + self._run(schedule)
+
+    def _schedule(self) -> Schedule:
+        self.speculation.propose(self.scheduler.running)
+        schedule = self.scheduler.schedule()
+        if self.prefixes is not None:
+            self.prefixes.note(schedule.sequences)
+        return schedule
+
+    def _run(self, schedule: Schedule) -> list[Output | Embedding]:
+        start = time.perf_counter()
+        results = self.execution.run(schedule)
+        return self._commit(schedule, results, time.perf_counter() - start)
+
+    def _commit(self, schedule: Schedule, results: list[list[Result]], seconds: float) -> list[Output | Embedding]:
+        self.speculation.observe(schedule, seconds)
+        self.scheduler.pace.record(schedule.num_decode_rows, schedule.num_prompt_tokens, seconds)
+        if self.prefixes is not None and sum(schedule.num_tokens) >= MEASURED_TOKENS:
+            self.prefixes.costs.computed(sum(schedule.num_tokens), seconds)
+        told = self.scheduler.commit(schedule, results)
+        self._num_steps += 1
+        self._check_when_idle()
+        return told
 
     def stats(self) -> Stats:
         if not self.has_work:
@@ -157,6 +188,9 @@ class Engine:
             num_accepted_tokens=scheduler.num_accepted,
             num_evictions=blocks.num_evictions,
             **(self.prefixes.stats() if self.prefixes is not None else {}),
+            num_ahead=self.overlap.num_ahead if self.overlap is not None else 0,
+            num_discarded=self.overlap.num_discarded if self.overlap is not None else 0,
+            graphs=self.execution.graph_facts,
             integrity=self._integrity,
         )
 
@@ -177,7 +211,6 @@ class Engine:
             kv_dtype=plan.kv_dtype,
             precise=plan.precise,
             kernels=self._kernels,
-            load_ns=self._load_ns,
         )
 
     def check_integrity(self) -> str:

@@ -98,6 +98,8 @@ class Plan(msgspec.Struct, frozen=True):
     prefix_bytes: int = 0  # most bytes of them, all models together
     groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
     slowdown: float = 2.5  # how much longer than decoding alone a step with prompt tokens may take; <= 1: no limit
+    cuda_graphs: bool = True  # on a GPU: steps that only decode are recorded
+    overlap: bool = True  # on a GPU: such a step starts before the tokens of the one before have come to the host
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -243,6 +245,9 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     num_drafts: int = 0  # guesses of speculation, their tokens, and those that came true
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_ahead: int = 0  # steps started before the results of the one before were read; tokens of them that came too late
+    num_discarded: int = 0
+    graphs: dict[str, int | str] = {}  # on a GPU, see `Graphs.facts`
     integrity: str = "ok"  # or what check_integrity() found
 
 

@@ -59,14 +59,15 @@ class Model(Protocol):
 
 
 class ModelRunner:
-    """Has the model's caches allocated. Raises EngineError when the device has not the memory."""
+    """Has the model's caches allocated, with `spare_blocks` that are in no pool. Raises EngineError when the device has not the
+    memory."""
 
-    def __init__(self, model: Model, plan: Plan) -> None:
+    def __init__(self, model: Model, plan: Plan, spare_blocks: int = 0) -> None:
         self.model = model
         self.device = torch.device(plan.device)
         try:
             dtype = KV_DTYPES[plan.kv_dtype]
-            self.caches = model.new_caches(plan.num_blocks, plan.block_size, dtype, plan.groups)
+            self.caches = model.new_caches(plan.num_blocks + spare_blocks, plan.block_size, dtype, plan.groups)
         except (MemoryError, RuntimeError) as error:  # torch on a CPU raises RuntimeError, on a GPU a subclass of it
             tokens = plan.num_blocks * plan.block_size
             raise EngineError(f"no memory for a KV cache of {tokens} tokens on {plan.device}: {error}") from error

@@ -35,19 +35,23 @@ class Sampler:
         """One result per row of logits (n, V) float32, which are overwritten. Raises what torch raises."""
         asked = [row for row, seq in enumerate(sequences) if seq.params.logprobs >= 0]
         told = LogprobsOf(logits, asked, sequences) if asked else None
-        self._suppress(logits, sequences)
-        _add(logits, [(row, dict(seq.params.logit_bias)) for row, seq in enumerate(sequences) if seq.params.logit_bias])
-        penalize(logits, sequences)
-        _add(logits, [(row, dry.penalties(seq)) for row, seq in enumerate(sequences) if seq.params.dry_multiplier])
-        constrain(logits, [seq.grammar for seq in sequences])
+        self.prepare(logits, sequences)
         tokens = choose(logits, sequences)
-        results = [Result(token) if token >= 0 else _failure(seq) for token, seq in zip(tokens, sequences, strict=True)]
+        results = [Result(token) if token >= 0 else failure(seq) for token, seq in zip(tokens, sequences, strict=True)]
         if told is not None:
             for row, logprob in zip(asked, told.chosen(logits, tokens), strict=True):
                 if tokens[row] >= 0:
                     finite = math.isfinite(logprob.logprob)
                     results[row] = Result(tokens[row], logprob) if finite else Result(error=NOT_FINITE)
         return results
+
+    def prepare(self, logits: Tensor, sequences: ListLike[Sequence]) -> None:
+        """Does to logits (n, V) what comes before the filters. Waits for no device."""
+        self._suppress(logits, sequences)
+        _add(logits, [(row, dict(seq.params.logit_bias)) for row, seq in enumerate(sequences) if seq.params.logit_bias])
+        penalize(logits, sequences)
+        _add(logits, [(row, dry.penalties(seq)) for row, seq in enumerate(sequences) if seq.params.dry_multiplier])
+        constrain(logits, [seq.grammar for seq in sequences])
 
     def _suppress(self, logits: Tensor, sequences: ListLike[Sequence]) -> None:
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -65,7 +69,7 @@ class Sampler:
                 logits[torch.tensor(rows, device=logits.device).unsqueeze(1), index] = -math.inf
 
 
-def _failure(seq: Sequence) -> Result:
+def failure(seq: Sequence) -> Result:
     """A row without a largest logit: the model's fault, or that of a grammar that allows no token."""
     return Result(error=(seq.grammar.error if seq.grammar is not None else "") or NOT_FINITE)
 

@@ -17,6 +17,7 @@ class Schedule:
     sequences: list[Sequence] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     num_decodes: int = 0
+    ahead: int = 0  # 1: each sequence's one token is the result of the step before, which is not committed yet
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -77,6 +77,7 @@ class RotaryTable:
     def __init__(self, inverse: Tensor, magnitude: float, interleaved: bool, device: torch.device) -> None:
         self._inverse, self._magnitude, self._interleaved, self._device = inverse, magnitude, interleaved, device
         self._turns = inverse.new_empty(0, 2 * inverse.shape[0])
+        self._outgrown: list[Tensor] = []  # on a GPU: a recorded step reads them where they lie
         self._build(FIRST_POSITIONS)
 
     def turns(self, length: int) -> Tensor:
@@ -84,14 +85,20 @@ class RotaryTable:
         if length > self._turns.shape[0]:
             rows = max(FIRST_POSITIONS, 1 << (length - 1).bit_length())
             angles = torch.arange(rows, dtype=torch.float32).unsqueeze(1) * self._inverse
+            self._keep(self._turns)
             self._turns = torch.cat((angles.cos(), angles.sin()), -1).mul_(self._magnitude).to(self._device)
         return self._turns
 
     def rows(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin (n, 1, n_rot) of positions (n,) that lie below `length`."""
         if length > self._cos.shape[0]:
+            self._keep(self._cos, self._sin)
             self._build(1 << (length - 1).bit_length())
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+    def _keep(self, *tables: Tensor) -> None:
+        if self._device.type != "cpu":
+            self._outgrown += tables
 
     def _build(self, length: int) -> None:
         angles = torch.arange(length, dtype=torch.float32).unsqueeze(1) * self._inverse

@@ -157,6 +157,8 @@ class Model:
             kernels=self.settings.kernels,
             groups=groups,
             precise=self.precise,
+            cuda_graphs=self.settings.cuda_graphs,
+            overlap=self.settings.overlap,
             prefix_folder=str(self.settings.cache_folder / "prefixes") if self.settings.prefix_cache_bytes else "",
             prefix_bytes=self.settings.prefix_cache_bytes,
         )

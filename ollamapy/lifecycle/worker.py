@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ollamapy import __version__, extension, ops
+from ollamapy.engine.accelerator import accelerator
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.grammar import Vocabulary
 from ollamapy.engine.prefix_store import PrefixStore
@@ -63,6 +64,7 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         draft_model=draft,
         load_adapter=lambda path: load_adapter(Path(path), model, torch.device(plan.device)),
         store=open_store(plan),
+        accelerator=None if plan.spans else accelerator(torch.device(plan.device)),
     )
 
 

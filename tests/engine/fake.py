@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ollamapy import reference
+from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.protocol import (
@@ -86,14 +87,14 @@ class FakeModel:
             raise RuntimeError("kernel failed at /some/path.cpp:12")
         if RAISES in batch.token_ids.tolist():
             raise RuntimeError("this token cannot be")
-        starts = batch.query_start.tolist()
+        starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
         hidden = torch.empty(len(batch.logit_rows), HIDDEN)
         seen: dict[int, list[int]] = {}
         for out, row in enumerate(batch.logit_rows.tolist()):
             s = next(s for s in range(batch.num_seqs) if starts[s] <= row < starts[s + 1])
             if s not in seen:
                 seen[s] = self._read(batch, caches, s)
-            position = batch.context_lens[s] - batch.query_lens[s] + row - starts[s]
+            position = lengths[s] - batch.query_lens[s] + row - starts[s]
             visible = seen[s][: position + 1] if self.config.causal else seen[s]
             known = visible[-self.memory :] if self.memory else [position % 256, *visible]
             digest = hashlib.blake2b(bytes(known), digest_size=8).digest()
@@ -117,7 +118,7 @@ class FakeModel:
     def _check(batch: Batch) -> None:
         """What batch.py promises."""
         assert batch.query_start.tolist() == [0, *np.cumsum(batch.query_lens).tolist()]
-        assert batch.seq_lens.tolist() == batch.context_lens
+        assert all(own <= bound for own, bound in zip(batch.seq_lens.tolist(), batch.context_lens, strict=True))
         assert batch.num_tokens == sum(batch.query_lens) == len(batch.positions) == len(batch.slot_mapping)
         assert len(set(batch.slot_mapping.tolist())) == batch.num_tokens, "two tokens were given one slot"
         assert batch.block_table.shape[0] == batch.num_seqs
@@ -129,7 +130,7 @@ class FakeModel:
     @staticmethod
     def _read(batch: Batch, caches: Sequence[KVCache], s: int) -> list[int]:
         """The tokens of a sequence as both layers remember them; their positions must be 0, 1, 2 ..."""
-        blocks, length = batch.block_table[s].long(), batch.context_lens[s]
+        blocks, length = batch.block_table[s].long(), int(batch.seq_lens[s])
         keys = caches[0].key[blocks].view(-1, 2)[:length]
         blocks = batch.groups[caches[1].group].block_table[s].long()
         values = caches[1].value[blocks].view(-1, 2)[:length]
@@ -154,11 +155,18 @@ class Answer:
 class Run:
     """An engine whose books are checked after each step, and its answers by request id."""
 
-    def __init__(self, model: FakeModel | None = None, draft: FakeModel | None = None, **plan: object) -> None:
+    def __init__(
+        self,
+        model: FakeModel | None = None,
+        draft: FakeModel | None = None,
+        device: Accelerator | None = None,
+        **plan: object,
+    ) -> None:
         settings: dict[str, object] = {"kv_dtype": "f32", "block_size": 4, "num_blocks": 64, "context_length": 128}
         settings |= {"slowdown": 0.0, **plan}  # or what a step takes would decide what is in the next
         self.model = model or FakeModel()
-        self.engine = Engine(self.model, Plan("fake.gguf", **settings), draft_model=draft)  # type: ignore[arg-type]
+        made = Plan("fake.gguf", **settings)  # type: ignore[arg-type]
+        self.engine = Engine(self.model, made, draft_model=draft, accelerator=device)
         self.answers: dict[int, Answer] = {}
 
     def add(self, request_id: int, token_ids: list[int], caller: Caller = NOBODY, **params: object) -> None:

@@ -15,6 +15,7 @@ from ollamapy.engine import prefixes
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.prefix_store import PrefixStore
 from ollamapy.engine.protocol import Plan
+from tests.engine.device import Emulated
 from tests.engine.fake import GROUPS, FakeModel, Run
 
 ROOT = Path(__file__).parents[2]
@@ -189,9 +190,9 @@ def test_killed_while_writing(tmp_path: Path) -> None:
 PROMPT = [(7 * i) % 89 for i in range(100)]
 
 
-def running(folder: Path, **plan: object) -> Run:
+def running(folder: Path, overlap: bool = False, **plan: object) -> Run:
     run = Run(**plan)
-    run.engine = Engine(FakeModel(), run.engine.plan, store=opened(folder))
+    run.engine = Engine(FakeModel(), run.engine.plan, store=opened(folder), accelerator=Emulated() if overlap else None)
     return run
 
 
@@ -230,12 +231,13 @@ def test_a_damaged_file_costs_time_only(tmp_path: Path) -> None:
     assert second.engine.stats().disk_bad_files == 1 and second.engine.stats().integrity == "ok"
 
 
-def test_many_at_once_on_a_small_pool(tmp_path: Path) -> None:
-    """Restores and preemptions together; one of those that wait is aborted."""
+@pytest.mark.parametrize("overlap", [False, True])
+def test_many_at_once_on_a_small_pool(tmp_path: Path, overlap: bool) -> None:
+    """Restores and preemptions together; one of those that wait is aborted. With steps that overlap, too."""
     first = running(tmp_path, num_blocks=40)
     expected = [first.one(PROMPT[: 60 + i], max_tokens=30).tokens for i in range(8)]
     assert first.engine.prefixes.store.flush(10)  # type: ignore[union-attr]
-    second = running(tmp_path, num_blocks=40, max_batch_tokens=16)
+    second = running(tmp_path, overlap, num_blocks=40, max_batch_tokens=16)
     for i in range(8):
         second.add(i, PROMPT[: 60 + i], max_tokens=30)
     assert second.engine.prefixes.num_waiting > 0  # type: ignore[union-attr]
@@ -243,6 +245,7 @@ def test_many_at_once_on_a_small_pool(tmp_path: Path) -> None:
     answers = second.drain()
     assert [answers[i].tokens for i in range(7)] == expected[:7]
     assert answers[7].finish is not None and answers[7].finish.reason == "abort"
+    assert (second.engine.stats().num_ahead > 0) == overlap
 
 
 def test_reading_is_chosen_by_cost() -> None:

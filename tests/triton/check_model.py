@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ollamapy import ops
+from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.groups import layer_groups
 from ollamapy.engine.protocol import LayerGroup, Plan, SamplingParams, Step
@@ -17,6 +19,7 @@ from ollamapy.gguf.writer import write_gguf
 from ollamapy.models.decoder import Decoder
 from ollamapy.models.load import load_model
 from ollamapy.triton_kernels import tuning
+from tests.engine.device import Emulated
 from tests.models.paged import Paged
 from tests.models.tiny import Tiny, converted, reference_model
 from tests.triton.data import random_weight
@@ -92,11 +95,14 @@ def feed(model: Decoder) -> dict[str, torch.Tensor]:
     return found | {f"mixed {name}": out for name, out in paged.logits({"b": range(40, 46), "a": [11]}).items()}
 
 
-def generate(model: Decoder, groups: tuple[LayerGroup, ...] = ()) -> dict[int, list[int]]:
-    engine = Engine(model, Plan("tiny", num_blocks=20, block_size=16, context_length=64, groups=groups))
+def generate(
+    model: Decoder, groups: tuple[LayerGroup, ...] = (), device: Accelerator | None = None, count: int = 2, max_tokens: int = 2
+) -> dict[int, list[int]]:
+    plan = Plan("tiny", num_blocks=20, block_size=16, context_length=64, groups=groups)
+    engine = Engine(model, plan, ops.chosen(), accelerator=device)
     tokens: dict[int, list[int]] = {}
-    for request, prompt in enumerate([[10, 11, 12], [3]]):
-        engine.add(request, prompt, SamplingParams(temperature=0.0, max_tokens=2))
+    for request, prompt in enumerate([[10, 11, 12], [3], [7, 8]][:count]):
+        engine.add(request, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     while engine.has_work:
         for event in engine.step():
             assert isinstance(event, Step)
@@ -119,6 +125,15 @@ def test_model(name: str, tmp_path: Path) -> None:
     if name == "gemma3":  # whose layers have block tables of their own
         groups = layer_groups(model.config.windows, 64)
         assert len(groups) == 2 and generate(model, groups) == tokens
+
+
+def test_recorded_steps(tmp_path: Path) -> None:
+    """Through buckets whose last row is padding, tokens fed from step to step: the tokens of the reference, step by step."""
+    path = write(MODELS["llama"], tmp_path)
+    want = generate(load(path, "reference"), count=3, max_tokens=6)
+    device = Emulated()
+    assert generate(load(path, "triton"), device=device, count=3, max_tokens=6) == want
+    assert len(device.recorded) == 1
 
 
 def test_batch_invariant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

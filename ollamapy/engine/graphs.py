@@ -1,0 +1,188 @@
+"""Decoding steps that a device records once and does again: CUDA graphs, by number of sequences and length of block tables.
+
+A step that only decodes is padded to its bucket and copied into buffers that never move; its logits come from one replay
+instead of some 300 launches. Padding rows read and write a block of the cache that no sequence has. A bucket is recorded when
+it is used for the second time: the first one compiles its kernels, which cannot be done while recording. So a server starts at
+once, and records what its load asks for. Knows no CUDA: `Accelerator.record` does it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ollamapy.engine.accelerator import Accelerator, Recorded
+from ollamapy.engine.batch import Batch
+from ollamapy.engine.build import Parts, Shape, as_batch, fill
+from ollamapy.engine.protocol import Plan
+from ollamapy.engine.schedule import Schedule
+
+Feed = Callable[[Tensor], None]
+"""Writes the tokens of a step (n,) that the host does not know."""
+
+log = logging.getLogger(__name__)
+
+FIRST_TOKENS = 1024  # context of the shortest block tables; each longer bucket has four times that
+FINE, COARSE = 8, 16  # buckets are multiples of FINE up to FINE_MOST sequences, of COARSE above
+FINE_MOST = 64
+MAX_BYTES = 2 << 30  # memory of recorded steps; the one that was not used for the longest time goes first
+MAX_GRAPHS = 96
+
+
+def seqs_bucket(count: int) -> int:
+    """The least of 1, 2, 4, 8, 16, 24 ... 64, 80, 96 ... that holds `count` sequences."""
+    if count <= FINE:
+        return 1 << (count - 1).bit_length()
+    step = FINE if count <= FINE_MOST else COARSE
+    return -(-count // step) * step
+
+
+def width_bucket(width: int, block_size: int, context_length: int) -> int:
+    """Blocks of the least bucket that holds tables of `width` blocks."""
+    most = max(-(-context_length // block_size), width)
+    bucket = -(-FIRST_TOKENS // block_size)
+    while bucket < width:
+        bucket *= 4
+    return min(bucket, most)
+
+
+def recordable(step: Schedule) -> bool:
+    """Whether a step does nothing but decode a token of each sequence, by the model's own weights."""
+    return all(
+        count == 1 and seq.pooling is None and not seq.adapters and seq.num_computed + step.ahead + 1 >= len(seq.token_ids)
+        for seq, count in zip(step.sequences, step.num_tokens, strict=True)
+    )
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """The buffers of one bucket, and what was recorded on them."""
+
+    shape: Shape
+    wide: Tensor
+    narrow: Tensor
+    batch: Batch
+    logits: Tensor | None = None
+    recorded: Recorded | None = None
+    used: bool = False
+    nbytes: int = 0
+
+
+class Graphs:
+    """Recorded steps of one model. `run` computes a batch's logits; `scratch` is the block of padding rows."""
+
+    def __init__(
+        self, run: Callable[[Batch], Tensor], accelerator: Accelerator, plan: Plan, device: torch.device, scratch: int
+    ) -> None:
+        self._run, self._accelerator, self._plan, self._device, self._scratch = run, accelerator, plan, device, scratch
+        self._buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
+        self.off = ""  # why nothing is recorded any more
+        self.num_recorded = self.num_replayed = self.num_evicted = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all that is recorded now."""
+        return sum(bucket.nbytes for bucket in self._buckets.values())
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """Sequences and blocks of what is recorded now, in order of use."""
+        return [key for key, bucket in self._buckets.items() if bucket.recorded is not None]
+
+    @property
+    def facts(self) -> dict[str, int | str]:
+        """`state`: "on", or why nothing is recorded; then `steps` (sequences x blocks), `bytes`, `replayed`, `evicted`."""
+        if self.off:
+            return {"state": self.off}
+        steps = ", ".join(f"{seqs} x {blocks}" for seqs, blocks in sorted(self.keys)) or "none yet"
+        return {"state": "on", "steps": steps, "bytes": self.nbytes, "replayed": self.num_replayed, "evicted": self.num_evicted}
+
+    def logits(self, step: Schedule, feed: Feed | None = None) -> Tensor | None:
+        """(n, V) float32, in memory that the next call overwrites; None for a step that is not recordable."""
+        if self.off or not recordable(step):
+            return None
+        bucket = self._bucket(step)
+        self._copy(step, bucket)
+        if feed is not None:
+            feed(bucket.batch.token_ids[: len(step)])
+        if not bucket.used:
+            bucket.used = True
+            return self._run(bucket.batch)[: len(step)]
+        if bucket.recorded is None and not self._record(bucket):
+            return self._run(bucket.batch)[: len(step)]
+        assert bucket.recorded is not None
+        bucket.recorded.replay()
+        assert bucket.logits is not None
+        self.num_replayed += 1
+        return bucket.logits[: len(step)]
+
+    def _bucket(self, step: Schedule) -> _Bucket:
+        plan, sequences = self._plan, step.sequences
+        width = width_bucket(max(seq.num_blocks for seq in sequences), plan.block_size, plan.context_length)
+        key = seqs_bucket(len(sequences)), width
+        found = self._buckets.pop(key, None) or self._new(*key, len(sequences[0].block_tables))
+        self._buckets[key] = found
+        return found
+
+    def _new(self, count: int, width: int, groups: int) -> _Bucket:
+        shape = Shape(count, count, count, groups, width)
+        wide = torch.zeros(shape.num_wide, dtype=torch.int64, device=self._device)
+        narrow = torch.zeros(shape.num_narrow, dtype=torch.int32, device=self._device)
+        longest = max(width * self._plan.block_size, 1)
+        return _Bucket(shape, wide, narrow, as_batch(shape, wide, narrow, [1] * count, [longest] * count))
+
+    def _copy(self, step: Schedule, bucket: _Bucket) -> None:
+        """The step to the bucket's buffers: two copies."""
+        shape = bucket.shape
+        wide = self._accelerator.host(shape.num_wide, torch.int64)
+        narrow = self._accelerator.host(shape.num_narrow, torch.int32)
+        parts = shape.parts(wide.numpy(), narrow.numpy())
+        parts.token_ids[:] = 0
+        parts.tables[:] = 0
+        fill(parts, step, self._plan.block_size)
+        _pad(parts, len(step), self._scratch, self._plan.block_size)
+        bucket.wide.copy_(wide, non_blocking=True)
+        bucket.narrow.copy_(narrow, non_blocking=True)
+
+    def _record(self, bucket: _Bucket) -> bool:
+        """Whether that went well. Where it does not, no step is recorded from then on."""
+
+        def run() -> None:
+            bucket.logits = self._run(bucket.batch)
+
+        before = self._accelerator.reserved_bytes()
+        try:
+            bucket.recorded = self._accelerator.record(run)
+        except Exception as error:  # a device that is lost fails again in the step itself
+            self.off = f"off: recording a step of {bucket.shape.num_seqs} failed ({type(error).__name__}: {error})"
+            log.exception("steps are not recorded any more")
+            self._buckets.clear()
+            return False
+        bucket.nbytes = max(self._accelerator.reserved_bytes() - before, 0)
+        self.num_recorded += 1
+        log.info("recorded a step of %d sequences and %d blocks", bucket.shape.num_seqs, bucket.shape.width)
+        self._evict()
+        return True
+
+    def _evict(self) -> None:
+        while len(self._buckets) > 1 and (self.nbytes > MAX_BYTES or len(self._buckets) > MAX_GRAPHS):
+            self._buckets.popitem(last=False)
+            self.num_evicted += 1
+
+
+def _pad(parts: Parts, count: int, scratch: int, block_size: int) -> None:
+    """Rows from `count` on become sequences of one token, at position 0 of the block `scratch`."""
+    rows = np.arange(len(parts.seq_lens))
+    parts.query_start[0] = 0
+    parts.query_start[1:] = rows + 1
+    parts.positions[count:] = 0
+    parts.logit_rows[:] = rows
+    parts.seq_lens[count:] = 1
+    parts.slots[:, count:] = scratch * block_size + (rows[count:] - count) % block_size
+    parts.tables[:, count:] = scratch

@@ -1,0 +1,65 @@
+"""A stand-in for a GPU: recorded steps are done again by calling what was recorded, on the same buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rerun:
+    run: Callable[[], None]
+
+    def replay(self) -> None:
+        with torch.inference_mode():
+            self.run()
+
+
+@dataclass
+class Emulated:
+    """An `Accelerator` on the CPU."""
+
+    free: int = 1 << 30
+    per_graph: int = 1 << 20
+    peak: int = 0
+    fails: bool = False
+    reserved: int = 0
+    num_fetched: int = 0
+    waiting: int = 0  # fetches that were not waited for
+    most_waiting: int = 0
+    recorded: list[Rerun] = field(default_factory=list)
+
+    def record(self, run: Callable[[], None]) -> Rerun:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.reserved += self.per_graph
+        self.recorded.append(Rerun(run))
+        return self.recorded[-1]
+
+    def host(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype).fill_(1 << 30)  # what it held before
+
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        copy = tensor.clone()
+        self.num_fetched += 1
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
+
+        def wait() -> Tensor:
+            self.waiting -= 1
+            return copy
+
+        return wait
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def reserved_bytes(self) -> int:
+        return self.reserved
+
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        run()
+        return self.peak
