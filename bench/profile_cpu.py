@@ -26,7 +26,7 @@ from bench.engine import LONGEST, Bench
 from bench.figures import PROMPT
 from bench.table import align
 from ollamapy import ops
-from ollamapy.engine import engine as engine_module
+from ollamapy.engine import adapters
 from ollamapy.engine.batch import Batch, LayerState
 from ollamapy.gguf.types import GGMLType
 from ollamapy.layers.layer import Layer, declared_tensors
@@ -84,9 +84,10 @@ def instrument(bench: Bench, clock: Clock) -> None:
     engine.execution.sampler.sample = clock.around("sample", engine.execution.sampler.sample)  # type: ignore[method-assign]
     engine.runner.logits = clock.around("logits", engine.runner.logits)  # type: ignore[method-assign]
     engine.runner.forward = clock.around("forward", engine.runner.forward)  # type: ignore[method-assign]
-    engine_module.build_batch = clock.around("build batch", engine_module.build_batch)
-    if model._stack is not None:
-        model._stack = clock.around("layers", model._stack)
+    adapters.build_batch = clock.around("build batch", adapters.build_batch)
+    for stage in model._stages:
+        if stage._stack is not None:
+            stage._stack = clock.around("layers", stage._stack)
 
 
 def one_step(bench: Bench, clock: Clock) -> dict[str, float]:

@@ -80,9 +80,7 @@ def _pack(weight: QuantTensor, otherwise: GGMLType, planes: int) -> Packed:
         values = weight.dequantize().to(torch.float16 if otherwise is GGMLType.F16 else torch.float32)
         weight = QuantTensor(values.view(torch.uint8), otherwise, weight.shape)
     rows, columns = weight.shape[-2:]
-    parts = weight.data.reshape(-1, rows, weight.data.shape[-1])
-    tiles = [kernels().pack_weight(part.contiguous(), int(weight.type), columns) for part in parts]
-    data = tiles[0] if len(weight.shape) == 2 else torch.stack(tiles)
+    data = kernels().pack_weight(weight.data.contiguous(), int(weight.type), columns)
     return Packed(data, weight.type, rows, columns, 1 if weight.type in _DENSE else planes)
 
 

@@ -1,6 +1,4 @@
 // Bindings of the matmul on packed weights: pack, unpack, linear. Checks, output, threads.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <optional>
 
@@ -11,6 +9,7 @@
 #include "kernels.h"
 #include "scratch.h"
 #include "team.h"
+#include "weights.h"
 
 namespace ollamapy {
 namespace {
@@ -26,25 +25,19 @@ int64_t row_bytes(const char* op, const MatmulKernels& m, int64_t k) {
   return k / m.block * m.block_bytes;
 }
 
-// Before the first touch: 2 MB pages keep the walk through a weight from missing the TLB every 4 KB.
-void want_huge_pages(uint8_t* data, int64_t size) {
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(size)) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
 Tensor pack_weight(Tensor rows, int64_t type, int64_t k) {
   const MatmulKernels& m = kernels_of("pack_weight", type);
-  check_type("pack_weight", "rows", rows, ScalarType::Byte, 2);
+  const int64_t dims = rows.dim() == 3 ? 3 : 2;
+  check_type("pack_weight", "rows", rows, ScalarType::Byte, dims);
   STD_TORCH_CHECK(rows.is_contiguous(), "pack_weight: rows is not contiguous");
-  const int64_t n = rows.size(0), bytes = row_bytes("pack_weight", m, k), tiles = (n + 15) / 16;
-  STD_TORCH_CHECK(rows.size(1) == bytes, "pack_weight: rows have ", rows.size(1), " bytes, not ", bytes);
-  Tensor out = torch::stable::empty({tiles, 16 * bytes}, ScalarType::Byte);
-  const uint8_t* from = static_cast<const uint8_t*>(rows.data_ptr());
-  uint8_t* to = static_cast<uint8_t*>(out.data_ptr());
-  want_huge_pages(to, tiles * 16 * bytes);
-  team::share(tiles, 4, [&](int64_t begin, int64_t end) { m.pack(from, n, k, to, begin, end); });
+  const int64_t experts = dims == 3 ? rows.size(0) : 1, n = rows.size(dims - 2), bytes = row_bytes("pack_weight", m, k), tiles = (n + 15) / 16;
+  STD_TORCH_CHECK(rows.size(dims - 1) == bytes, "pack_weight: rows have ", rows.size(dims - 1), " bytes, not ", bytes);
+  Tensor out = dims == 3 ? weight_memory({experts, tiles, 16 * bytes}) : weight_memory({tiles, 16 * bytes});
+  for (int64_t x = 0; x < experts; x++) {
+    const uint8_t* from = data<uint8_t>(rows) + x * n * bytes;
+    uint8_t* to = data<uint8_t>(out) + x * tiles * 16 * bytes;
+    team::share(tiles, 4, [&](int64_t begin, int64_t end) { m.pack(from, n, k, to, begin, end); });
+  }
   return out;
 }
 

@@ -98,6 +98,10 @@ def check_pack() -> None:
                 assert tiles.shape == (-(-rows // 16), 16 * weight.data.shape[1])
                 back = ops.unpack_weight(tiles, int(type), rows, weight.shape[1])
                 assert torch.equal(back, weight.data), (type.name, rows, blocks)
+        experts = torch.stack([make_weight(type, 17, 2, seed).data for seed in range(3)])
+        together = ops.pack_weight(experts, int(type), 2 * TYPES[type].block_size)
+        apart = [ops.pack_weight(expert, int(type), 2 * TYPES[type].block_size) for expert in experts]
+        assert torch.equal(together, torch.stack(apart)), type.name
         weight = make_weight(type, 1000, 3)
         packed = cpu_kernels.prepare_linear(weight, CPU)
         assert weight.nbytes <= packed.data.numel() <= 1.03 * weight.nbytes
