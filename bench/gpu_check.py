@@ -15,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+WHEELS = ROOT / "build" / "wheels"
+CARRIED = ("msgspec", "pytest", "pytest-timeout", "gguf", "transformers")  # what the steps import beside torch, with its own
 LIMITS = {"build": 100, "kernels": 110, "time": 100, "e2e": 110, "llama": 60}
 """Steps in order, and the seconds each may take. The whole may take their sum, 480: later steps get what is left of it."""
 
@@ -47,7 +50,26 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
-def run_step(step: str, device: str, limit: float) -> dict[str, Any]:
+def fetch_wheels(python: str) -> None:
+    """For a machine without a network. torch, and what comes with it, is there."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", "--python-version", python]
+    subprocess.run([*command, "-d", str(WHEELS), *CARRIED], check=True)
+    for path in WHEELS.glob("numpy-*.whl"):
+        path.unlink()
+    print(f"{WHEELS}: {sum(path.stat().st_size for path in WHEELS.glob('*.whl')) >> 20} MiB")
+
+
+def environment(device: str, site: Path) -> dict[str, str]:
+    """Of the steps: with the carried wheels, unpacked in `site`, where there are any."""
+    for path in WHEELS.glob("*.whl"):
+        with zipfile.ZipFile(path) as wheel:
+            wheel.extractall(site)
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(site)]
+    made = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return made | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+
+
+def run_step(step: str, device: str, limit: float, environment: dict[str, str]) -> dict[str, Any]:
     """What `bench.gpu_steps` found, with its seconds, and the end of its output when it failed."""
     if limit < 1:
         return {"seconds": 0.0, "error": "no time was left"}
@@ -55,7 +77,6 @@ def run_step(step: str, device: str, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "figures.json", Path(folder) / "log"
         command = [sys.executable, "-m", "bench.gpu_steps", step, "--device", device, "--out", str(out)]
-        environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if device == "cpu" else {})}
         with log.open("w") as said_there:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=said_there, stderr=subprocess.STDOUT, start_new_session=True
@@ -88,7 +109,11 @@ def main() -> int:
     parser.add_argument("--steps", default=",".join(LIMITS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--fetch-wheels", metavar="PYTHON", help="only fetch what is to be carried, for this version of Python")
     args = parser.parse_args()
+    if args.fetch_wheels:
+        fetch_wheels(args.fetch_wheels)
+        return 0
     chosen = args.steps.split(",")
     if unknown := set(chosen) - set(LIMITS):
         parser.error(f"unknown steps: {', '.join(sorted(unknown))} (known: {', '.join(LIMITS)})")
@@ -96,9 +121,11 @@ def main() -> int:
     result: dict[str, Any] = {"machine": facts(args.device), "steps": {}}
     stamp = result["machine"]["time"].replace(":", "")
     out = args.out or ROOT / "bench" / "results" / f"gpu-{stamp}.json"
-    for step in (step for step in LIMITS if step in chosen):
-        result["steps"][step] = run_step(step, args.device, min(LIMITS[step], end - time.monotonic()))
-        out.write_text(json.dumps(result, indent=1) + "\n")  # also when a later step is stopped
+    with tempfile.TemporaryDirectory() as site:
+        variables = environment(args.device, Path(site))
+        for step in (step for step in LIMITS if step in chosen):
+            result["steps"][step] = run_step(step, args.device, min(LIMITS[step], end - time.monotonic()), variables)
+            out.write_text(json.dumps(result, indent=1) + "\n")  # also when a later step is stopped
     show(result["steps"])
     print(f"\n{out}")
     return int(any("error" in found for found in result["steps"].values()))

@@ -1,4 +1,4 @@
-"""bench/gpu_check.sh from end to end, on the CPU: every step runs, and what it found is in the JSON."""
+"""bench/gpu_check.sh on the CPU: every step runs, what it found is in the JSON, and carried wheels are imported."""
 
 from __future__ import annotations
 
@@ -6,11 +6,41 @@ import importlib.util
 import json
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from bench import gpu_check, gpu_engine
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_engine_is_timed_with_graphs_and_without() -> None:
+    rows: list[dict[str, Any]] = []
+    gpu_engine.run(torch.device("cpu"), "csrc", lambda **cells: rows.append(cells))
+    decoded = {(row["mode"], row["batch"]): row for row in rows if "batch" in row}
+    assert set(decoded) == {(mode, batch) for mode in gpu_engine.MODES for batch in (1, 3)}
+    assert all(row["tokens_per_second"] > 0 for row in decoded.values())
+    assert all(row["same_answers"] == f"{batch} of {batch}" for (_, batch), row in decoded.items())
+    recorded = {row["mode"]: row["recorded"] for row in rows if "recorded" in row}
+    assert recorded["graphs"]["steps"] == "1 x 8, 4 x 8" and recorded["graphs"]["replayed"] > 8
+    assert recorded["launches"]["state"].startswith("off")
+
+
+def test_carried_wheels_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "carried_thing-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried_thing.py", "found = 42")
+    monkeypatch.setattr(gpu_check, "WHEELS", tmp_path / "wheels")
+    variables = gpu_check.environment("cuda", tmp_path / "site")
+    command = [sys.executable, "-c", "import carried_thing, ollamapy; print(carried_thing.found)"]
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "42\n" and "TRITON_INTERPRET" not in variables
 
 
 @pytest.mark.slow
@@ -29,5 +59,5 @@ def test_every_step_runs_on_the_cpu(tmp_path: Path) -> None:
         assert not [row for row in figures["rows"] if "failed" in row], step
     checks = {row["checks"]: row["passed"] for row in found["steps"]["kernels"]["rows"]}
     assert checks["cuda"] and checks["triton"]
-    assert found["steps"]["e2e"]["rows"][-1]["tokens_per_second"] > 0
+    assert [row["tokens_per_second"] for row in found["steps"]["e2e"]["rows"] if "batch" in row]
     assert found["machine"]["commit"] and "e2e" in done.stdout
