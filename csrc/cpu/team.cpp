@@ -20,6 +20,8 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kBarrierSpins = 2000;  // about 20 us: longer than any honest wait between even shares
 constexpr int kIdleSpins = 4000;     // about 40 us: the gap between the operations of one step
+constexpr int kIdleYields = 400;     // then about 400 us, the gap between steps, in which whoever else wants the core gets it
+constexpr int kSpinsPerYield = 100;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -43,10 +45,18 @@ struct alignas(64) Signal {
     value.fetch_add(1);
     if (sleepers.load()) wake_all(value);
   }
-  void wait_beyond(uint32_t seen, int spins) {
+  bool spin(uint32_t seen, int spins) {
     for (int i = 0; i < spins; i++) {
-      if (value.load(std::memory_order_acquire) != seen) return;
+      if (value.load(std::memory_order_acquire) != seen) return true;
       pause();
+    }
+    return false;
+  }
+  void wait_beyond(uint32_t seen, int spins, int yields = 0) {
+    if (spin(seen, spins)) return;
+    for (int i = 0; i < yields; i++) {
+      sched_yield();
+      if (spin(seen, kSpinsPerYield)) return;
     }
     sleepers.fetch_add(1);
     while (value.load() == seen) sleep_while(value, seen);
@@ -86,7 +96,7 @@ void* helper(void* argument) {
   const auto [thread, born] = *static_cast<Birth*>(argument);
   delete static_cast<Birth*>(argument);
   for (uint32_t seen = born;;) {
-    start.wait_beyond(seen, kIdleSpins);
+    start.wait_beyond(seen, kIdleSpins, kIdleYields);
     seen += 1;
     if (thread < current_count) current_work(current_argument, thread, current_count);
     if (finished.fetch_add(1) + 1 == started - 1) done.raise();
