@@ -184,11 +184,13 @@ def _name(entry: TokenLogprob) -> str:
 
 
 class Choices:
-    """Several answers in one response: the chunks of each, and their sum of tokens. A prompt's `n` choices count it once."""
+    """Several answers in one response: the chunks of each, and their sum of tokens. A prompt's `n` choices count it once, as
+    the one that computed it found it: the others share its blocks."""
 
     def __init__(self, forms: Sequence[Any], n: int) -> None:
         self._forms, self._n, self._left = forms, n, len(forms)
         self._used = [0, 0]
+        self._cached: dict[int, int] = {}  # tokens of each prompt
         self._first = forms[0]
         self._include_usage = self._first.include_usage
         for form in forms:
@@ -215,10 +217,13 @@ class Choices:
     def _count(self, index: int, line: Reply) -> None:
         self._used[0] += line.prompt_eval_count if index % self._n == 0 else 0
         self._used[1] += line.eval_count
+        prompt = index // self._n
+        self._cached[prompt] = min(self._cached.get(prompt, line.prompt_eval_count), line.prompt_eval_cached_count)
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt, completion = self._used
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**counts, "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())}}
 
 
 def embeddings(answer: EmbedResponse, *, as_base64: bool) -> dict[str, Any]:

@@ -10,8 +10,6 @@ lie behind the window are GONE, their blocks given back. Only full blocks are sh
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,24 +17,25 @@ from collections.abc import Sequence as ListLike
 from typing import NamedTuple
 
 from ollamapy.engine.block_check import GONE, Books, num_gone, problems_of
+from ollamapy.engine.block_hash import BlockHash
 from ollamapy.engine.groups import blocks_of, most_blocks
 from ollamapy.engine.sequence import Sequence
 
 
 class Hit(NamedTuple):
-    """Leading blocks of a sequence that the pool holds: a table per group. `num_blocks` is their length."""
+    """Leading tokens of a sequence that the pool holds: a table per group. The last block may be partly theirs."""
 
-    num_blocks: int
+    num_tokens: int
     tables: list[array[int]]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.tables[0])
 
 
 class BlockManager:
     """A pool of `num_blocks` blocks of `block_size` tokens, for groups of layers with these windows (0: none), of which
-    sequences compute at most `step_tokens` in a step.
-
-    Prefix blocks are known by a hash that covers their tokens, all before them (a chain) and what else keys and values depend
-    on or may be shared by (`Sequence.salt`). It is 128 bits long and keyed with a secret, `key`, so two different prefixes
-    never meet, not even by intent.
+    sequences compute at most `step_tokens` in a step. Prefix blocks are known by `hash`, keyed with `key`.
     """
 
     def __init__(
@@ -55,7 +54,8 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._known: list[tuple[int, bytes] | None] = [None] * num_blocks  # group and hash of a block's content
         self._block_of: list[dict[bytes, int]] = [{} for _ in windows]
-        self._key = key or secrets.token_bytes(16)
+        self.hash = BlockHash(block_size, key)
+        self.copies: list[tuple[int, int]] = []  # from, to: whose content is to be copied, in this order, before the next step
         self.num_evictions = 0
 
     @property
@@ -93,11 +93,13 @@ class BlockManager:
                 live = len(table) - num_gone(table)
                 missing = min(missing, max(most_blocks(window, self.block_size, self._step_tokens) - live, 0))
             total += missing
-        return total
+        copied = len(self.windows) * bool(found.num_tokens % self.block_size) if found else len(self._shared_tails(seq))
+        return total + copied
 
     def room(self, seq: Sequence) -> int:
         """Tokens of `seq` that can be computed with the blocks it has and those that are left."""
-        return (seq.num_blocks + self.num_available // len(self.windows)) * self.block_size - seq.num_computed
+        left = self.num_available - len(self._shared_tails(seq))
+        return max((seq.num_blocks + left // len(self.windows)) * self.block_size - seq.num_computed, 0) if left >= 0 else 0
 
     # --- prefixes ---------------------------------------------------------------------------------------------
 
@@ -107,7 +109,7 @@ class BlockManager:
         Groups without a window need all blocks of the prefix, those with one only what the next token can see.
         """
         end = self.reusable(seq, lambda group, digest: digest in self._block_of[group]) if reuse and self.prefix_cache else 0
-        return Hit(end, [self._table(seq, group, end) for group in range(len(self.windows))])
+        return Hit(end * self.block_size, [self._table(seq, group, end) for group in range(len(self.windows))])
 
     def reusable(self, seq: Sequence, has: Callable[[int, bytes], bool]) -> int:
         """How many leading blocks of `seq` need not be computed where `has` says which blocks (group, hash) there are."""
@@ -153,8 +155,9 @@ class BlockManager:
                     del self._cached[block]
                 self._references[block] += 1
         seq.block_tables = found.tables
-        seq.num_registered = found.num_blocks
-        seq.num_computed = found.num_blocks * self.block_size
+        seq.num_registered = found.num_tokens // self.block_size
+        seq.num_computed = found.num_tokens
+        self._give_back(seq)
 
     def register(self, seq: Sequence) -> None:
         """After a step: offers the blocks that computed tokens have filled since the last call to the prefix cache, and gives
@@ -194,28 +197,39 @@ class BlockManager:
             known[digest] = block
             self._known[block] = group, digest
 
-    def hash(self, seq: Sequence, index: int) -> bytes:
-        """Of block `index` of `seq` and of all before it; computed once per sequence."""
-        hashes, size = seq.block_hashes, self.block_size
-        while len(hashes) <= index:
-            start = len(hashes) * size
-            parent = hashes[-1] if hashes else hashlib.blake2b(seq.salt, digest_size=16, key=self._key).digest()
-            content = parent + seq.token_ids[start : start + size].tobytes()
-            hashes.append(hashlib.blake2b(content, digest_size=16, key=self._key).digest())
-        return hashes[index]
-
     # --- blocks -----------------------------------------------------------------------------------------------
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Room for the first `num_tokens` tokens of `seq`. False, and nothing changed, when the pool has not so many blocks."""
         missing = self.blocks_for(num_tokens) - seq.num_blocks
-        if missing * len(self.windows) > self.num_available:
+        if missing * len(self.windows) + len(self._shared_tails(seq)) > self.num_available:
             return False
         if not seq.block_tables:
             seq.block_tables = [array("i") for _ in self.windows]
         for table in seq.block_tables:
             table.extend([self._take() for _ in range(missing)])
+        self._own_tails(seq)
         return True
+
+    def _tails(self, seq: Sequence) -> list[int]:
+        """By group, the partly filled block that the next token of `seq` is written to."""
+        index, offset = divmod(seq.num_computed, self.block_size)
+        return [table[index] for table in seq.block_tables] if offset and index < seq.num_blocks else []
+
+    def _shared_tails(self, seq: Sequence) -> list[int]:
+        return [block for block in self._tails(seq) if self._references[block] > 1]
+
+    def _own_tails(self, seq: Sequence) -> None:
+        """Before it is written to: a block that others hold is copied, one that a former sibling has left loses its name."""
+        index = seq.num_computed // self.block_size
+        for group, block in enumerate(self._tails(seq)):
+            if self._references[block] > 1:
+                own = self._take()
+                self.copies.append((block, own))
+                self._drop(block)
+                seq.block_tables[group][index] = own
+            elif self._known[block] is not None:
+                self._forget(block)
 
     def trim(self, seq: Sequence, num_tokens: int) -> None:
         """Takes back the blocks beyond the first `num_tokens` tokens of `seq`, which were for guesses that proved wrong."""

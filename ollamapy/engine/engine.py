@@ -149,6 +149,8 @@ class Engine:
     def _schedule(self) -> Schedule:
         self.speculation.propose(self.scheduler.running)
         schedule = self.scheduler.schedule()
+        if schedule.copies:
+            self.runner.copy_blocks(schedule.copies)
         if self.prefixes is not None:
             self.prefixes.note(schedule.sequences)
         return schedule
@@ -174,7 +176,7 @@ class Engine:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return Stats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(self._compiling) + (self.prefixes.num_waiting if self.prefixes else 0),
+            num_waiting=scheduler.num_waiting + len(self._compiling) + (self.prefixes.num_waiting if self.prefixes else 0),
             free_blocks=blocks.num_free,
             cached_blocks=blocks.num_cached,
             used_blocks=blocks.num_blocks - blocks.num_available,

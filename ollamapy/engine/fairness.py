@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
 
 from ollamapy.engine.sequence import Sequence
 
@@ -109,3 +110,22 @@ class Queue:
 
 def _place(seq: Sequence) -> tuple[int, tuple[int, int]]:
     return _RANK[seq.caller.tier], age(seq)
+
+
+def overserved(seq: Sequence, running: ListLike[Sequence], now: int) -> Sequence | None:
+    """A running sequence that has to make room for `seq`: one that goes behind it, or, when its client has none running,
+    the youngest of the client that runs the most. Never a client's last for that, so there is an end to it."""
+    others = [each for each in running if lane(each, now) >= lane(seq, now)]
+    if not others:
+        return None
+    chosen = victim(others, running, now)
+    if lane(chosen, now) > lane(seq, now):
+        return chosen
+    clients = Counter(each.caller.client for each in running)
+    return chosen if not clients[seq.caller.client] and clients[chosen.caller.client] > 1 else None
+
+
+def victim(among: ListLike[Sequence], running: ListLike[Sequence], now: int) -> Sequence:
+    """Whose blocks are taken: of those behind others, and of the client that runs the most, the youngest."""
+    clients = Counter(each.caller.client for each in running)
+    return max(among, key=lambda seq: (lane(seq, now), clients[seq.caller.client], age(seq)))

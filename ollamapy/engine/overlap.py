@@ -64,6 +64,7 @@ class Overlap:
         going = [seq for seq in left if not _ends(seq)]
         if not going or not all(scheduler.blocks.grow(seq, len(seq.token_ids) + 1) for seq in going):
             return None
+        assert not scheduler.blocks.copies, "whoever is in flight has its last block to itself"
         started = self._execution.start(Schedule(going, [1] * len(going), len(going), ahead=1), flight)
         if started is not None:
             self._in_a_row += 1

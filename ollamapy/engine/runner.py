@@ -80,6 +80,16 @@ class ModelRunner:
         tensors = (tensor for cache in self.caches for tensor in cache.tensors())
         return list({(tensor.device, tensor.data_ptr()): tensor for tensor in tensors}.values())
 
+    def copy_blocks(self, copies: ListLike[tuple[int, int]]) -> None:
+        """Copies the content of blocks, from and to, as if one after the other."""
+        sources, targets = [source for source, _ in copies], [target for _, target in copies]
+        if set(sources) & set(targets) or len(set(targets)) < len(targets):
+            for copy in copies:
+                self.copy_blocks([copy])
+            return
+        for tensor in self.tensors:
+            tensor[targets] = tensor[sources]
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """(num_logits, E) float32."""

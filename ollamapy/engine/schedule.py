@@ -18,6 +18,7 @@ class Schedule:
     num_tokens: list[int] = field(default_factory=list)
     num_decodes: int = 0
     ahead: int = 0  # 1: each sequence's one token is the result of the step before, which is not committed yet
+    copies: list[tuple[int, int]] = field(default_factory=list)  # of blocks, from and to: before anything is written
 
     def __len__(self) -> int:
         return len(self.sequences)

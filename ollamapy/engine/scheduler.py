@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections import Counter
-from collections.abc import Iterable
 
 import msgspec
 
 from ollamapy.engine.blocks import BlockManager, Hit
-from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, lane
+from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, lane, overserved, victim
 from ollamapy.engine.pace import SHORT, Pace
 from ollamapy.engine.protocol import Embedding, Output, Plan
 from ollamapy.engine.schedule import Schedule, finish
 from ollamapy.engine.sequence import Result, Sequence
+from ollamapy.engine.siblings import Siblings
 
 OLDEST_SHARE = 4  # of the prompt tokens of a step, one part in so many is kept for the oldest prompt
 
@@ -39,6 +38,7 @@ class Scheduler:
         self.pace = Pace(most, plan.slowdown)
         self.shares = Shares()
         self.waiting = Queue(self.shares)
+        self.siblings = Siblings()
         self.running: list[Sequence] = []
         self.sequences: dict[int, Sequence] = {}  # by request id
         self.num_preemptions = 0
@@ -49,7 +49,13 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.sequences[seq.request_id] = seq
         self.shares.arrive(seq.caller.client)
-        self.waiting.add(seq)
+        shares = self.blocks.prefix_cache and seq.pooling is None and not seq.tells_prompt
+        if not (shares and self.siblings.arrive(seq)):
+            self.waiting.add(seq)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + self.siblings.num_held
 
     def abort(self, request_id: int) -> Sequence | None:
         """Ends a request at once, its blocks with it. None when there is no such request (any more)."""
@@ -69,6 +75,7 @@ class Scheduler:
         self._schedule_decodes(step, now)
         if len(step) < len(self.running):
             self._schedule_prefills(step, now)
+        step.copies, self.blocks.copies = self.blocks.copies, []
         return step
 
     def _admit(self, now: int) -> None:
@@ -77,10 +84,10 @@ class Scheduler:
             seq = self.waiting.next(now)
             found = self._lookup(seq)
             while not self._has_room(seq, found):
-                victim = self._overserved(seq, now)
-                if victim is None:
+                other = overserved(seq, self.running, now)
+                if other is None:
                     return
-                self._preempt(victim)
+                self._preempt(other)
             self.waiting.remove(seq)
             insort(self.running, seq, key=age)
             self._reuse(seq, found)
@@ -94,23 +101,6 @@ class Scheduler:
         promised = sum(blocks.needed(each) + len(blocks.windows) for each in self.running)
         return blocks.needed(seq, found) + promised <= blocks.num_available - blocks.num_unreferenced(found)
 
-    def _overserved(self, seq: Sequence, now: int) -> Sequence | None:
-        """A running sequence that has to make room for `seq`: one that goes behind it, or, when its client has none running,
-        the youngest of the client that runs the most. Never a client's last for that, so there is an end to it."""
-        others = [each for each in self.running if lane(each, now) >= lane(seq, now)]
-        if not others:
-            return None
-        victim = self._victim(others, now)
-        if lane(victim, now) > lane(seq, now):
-            return victim
-        running = Counter(each.caller.client for each in self.running)
-        return victim if not running[seq.caller.client] and running[victim.caller.client] > 1 else None
-
-    def _victim(self, among: Iterable[Sequence], now: int) -> Sequence:
-        """Whose blocks are taken: of those behind others, and of the client that runs the most, the youngest."""
-        running = Counter(each.caller.client for each in self.running)
-        return max(among, key=lambda seq: (lane(seq, now), running[seq.caller.client], age(seq)))
-
     def _schedule_decodes(self, step: Schedule, now: int) -> None:
         decoding = [seq for seq in self.running if seq.num_uncomputed == 1 and seq.block_tables and seq.first_scheduled_ns]
         preempted: set[Sequence] = set()
@@ -120,9 +110,9 @@ class Scheduler:
             if seq in preempted or not drafted or not self.blocks.grow(seq, len(seq.token_ids) + drafted):
                 drafted = 0  # nobody is put back for a guess
             while seq not in preempted and not self.blocks.grow(seq, len(seq.token_ids)):
-                victim = self._victim(self.running, now)
-                preempted.add(victim)
-                self._preempt(victim)
+                other = victim(self.running, self.running, now)
+                preempted.add(other)
+                self._preempt(other)
             counts[seq] = 1 + drafted
         step.sequences = [seq for seq in decoding if seq not in preempted]
         step.num_tokens = [counts[seq] for seq in step.sequences]
@@ -143,16 +133,16 @@ class Scheduler:
                 budget, kept = max(budget, kept), 0  # short ones may have taken more than all of it
             if whole - kept <= 0 or seq in preempted:
                 continue
-            if not seq.block_tables or not seq.first_scheduled_ns:
+            if seq.num_uncomputed > 1 and not (seq.block_tables and seq.first_scheduled_ns):
                 self._reuse(seq, self._lookup(seq))
             short = not seq.first_scheduled_ns and seq.num_uncomputed <= whole - kept
             count = self._chunk(seq, whole - kept if short else max(budget - kept, 0), step)
             while count and not self.blocks.grow(seq, seq.num_computed + count):
                 younger = self._yielding(seq, scheduled, now)
                 if younger:
-                    victim = self._victim(younger, now)
-                    preempted.add(victim)
-                    self._preempt(victim)
+                    other = victim(younger, self.running, now)
+                    preempted.add(other)
+                    self._preempt(other)
                 else:
                     count = 0 if self.whole_prompts else self.blocks.room(seq)
             if count:
@@ -170,7 +160,8 @@ class Scheduler:
 
     def _lookup(self, seq: Sequence) -> Hit:
         """Reusable blocks. A mean or first-token embedding and logprobs of a prompt need its hidden states: they reuse none."""
-        return self.blocks.lookup(seq, reuse=seq.pooling in (None, "last") and not seq.tells_prompt)
+        found = self.blocks.lookup(seq, reuse=seq.pooling in (None, "last") and not seq.tells_prompt)
+        return self.siblings.extended(seq, found, self.blocks.block_size)
 
     def _reuse(self, seq: Sequence, found: Hit) -> None:
         """Again when its first chunk comes: others may have computed more of its prompt since it was let in."""
@@ -214,6 +205,8 @@ class Scheduler:
             drafted = max(seq.num_computed + count - len(seq.token_ids), 0)
             seq.num_computed += count - drafted
             self.blocks.register(seq)
+            for other in self.siblings.computed(seq):
+                self.waiting.add(other)
             logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
             seq.num_told += len(logprobs)
             if not found:
@@ -264,6 +257,7 @@ class Scheduler:
             ended = finish(seq, reason, now)
         elif seq.is_full:
             self.blocks.release(seq)
+            self.siblings.leave(seq)
             seq.shift()
         if result.token_id in seq.params.stop_ids:
             return Output(seq.request_id, [], finish=ended, cached_tokens=cached)
@@ -284,14 +278,19 @@ class Scheduler:
 
     def _remove(self, seq: Sequence, forget: bool = False) -> None:
         del self.sequences[seq.request_id]
-        (self.running if seq in self.running else self.waiting).remove(seq)
+        if seq in self.running:
+            self.running.remove(seq)
+        elif not self.siblings.is_held(seq):
+            self.waiting.remove(seq)
+        if (heir := self.siblings.leave(seq)) is not None:
+            self.waiting.add(heir)
         self.shares.leave(seq.caller.client)
         self.blocks.release(seq, forget)
 
     def check(self) -> list[str]:
         """What is wrong with the books; empty when nothing is."""
-        problems = self.blocks.check([*self.running, *self.waiting])
-        if len(self.running) + len(self.waiting) != len(self.sequences):
+        problems = self.blocks.check([*self.running, *self.waiting, *self.siblings.held])
+        if len(self.running) + self.num_waiting != len(self.sequences):
             problems.append("a sequence is lost")
         for seq in self.sequences.values():
             if seq.num_blocks * self.blocks.block_size < seq.num_computed:

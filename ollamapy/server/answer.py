@@ -129,7 +129,7 @@ async def answer(
     record.queue_position = engine.num_waiting
     start = first = last = time.monotonic_ns()
     finish: Finish | None = None
-    drafts = (0, 0)
+    drafts, cached = (0, 0), 0
     told: list[Logprob] = []  # of the prompt's tokens
     outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params, record.caller))
     async with aclosing(outputs), record.failing():
@@ -137,6 +137,8 @@ async def answer(
             last = time.monotonic_ns()
             first = last if not text.token_ids else first
             record.queue_ns = output.queue_ns or record.queue_ns
+            cached = output.finish.cached_tokens if output.finish is not None else max(cached, output.cached_tokens)
+            record.cached_tokens = record.cached_tokens if record.last else cached  # of several answers, the first one's
             record.took(len(output.token_ids), last)
             told += [text.logprob(entry) for entry in output.prompt_logprobs]
             if told and (output.token_ids or output.finish is not None):
@@ -145,14 +147,13 @@ async def answer(
             shown = text.feed(output)
             finish = output.finish
             drafts = output.drafts if any(output.drafts) else drafts
-            record.cached_tokens += output.cached_tokens
             for piece in _pieces(parser.feed(shown) if shown else [], text.take_logprobs()):
                 yield piece
             if text.ended:
                 break
     for piece in _pieces(parser.feed(text.flush(), done=True), text.take_logprobs()):
         yield piece
-    end = _end(text, finish, first - start, last - first, record.cached_tokens, drafts)
+    end = _end(text, finish, first - start, last - first, cached, drafts)
     record.generated(end.reason, finish)
     yield Piece(end=end)
 

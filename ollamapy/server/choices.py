@@ -30,30 +30,22 @@ def seed_of(seed: int, choice: int) -> int:
     return seed if seed < 0 else (seed + choice * GAMMA) & (2**63 - 1)
 
 
-async def side_by_side(start: Sequence[Callable[[], AsyncGenerator[Line]]], n: int) -> AsyncGenerator[tuple[int, Line]]:
-    """Lines of all answers as they come, with their index; `n` neighbours have one prompt.
+async def side_by_side(start: Sequence[Callable[[], AsyncGenerator[Line]]]) -> AsyncGenerator[tuple[int, Line]]:
+    """Lines of all answers as they come, with their index. Those that have one prompt share it in the engine.
 
-    The first of these computes it; the others begin with its first line and find the prompt in the prefix cache. An error of
-    one ends all; closing the iterator closes all.
+    An error of one ends all; closing the iterator closes all.
     """
     lines: asyncio.Queue[tuple[int, Line] | BaseException | None] = asyncio.Queue(BEHIND)
-    begun = [asyncio.Event() for _ in range(len(start) // n)]
     room = asyncio.Semaphore(TOGETHER)
 
     async def read(index: int) -> None:
-        own = begun[index // n]
-        if index % n:
-            await own.wait()
         try:
             async with room, aclosing(start[index]()) as answer:
                 async for line in answer:
                     await lines.put((index, line))
-                    own.set()
             await lines.put(None)
         except Exception as error:
             await lines.put(error)
-        finally:
-            own.set()
 
     tasks = [asyncio.create_task(read(index)) for index in range(len(start))]
     try:

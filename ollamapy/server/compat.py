@@ -72,7 +72,7 @@ async def _answer(
             return await streamed(lines, SSE(forms[0].feed), warnings)
         return JSON(forms[0].whole(fold(await collected(lines))), headers=warning_header(warnings))
     choices = Choices(forms, asked.n)
-    told = side_by_side(starts, asked.n)
+    told = side_by_side(starts)
     if asked.stream:
         return await streamed(told, SSE(choices.feed), warnings)
     parts: list[list[Any]] = [[] for _ in starts]

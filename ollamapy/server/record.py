@@ -122,7 +122,7 @@ class Record:
         """A generation ended; `finish` is the engine's account where there is one."""
         self.finish = reason
         if finish is not None:
-            self.cached_tokens, self.queue_ns = max(self.cached_tokens, finish.cached_tokens), finish.queue_ns
+            self.queue_ns = finish.queue_ns
             self.prompt_ns, self.decode_ns = finish.prompt_ns, finish.decode_ns
             self.context_shifts = finish.num_shifts
             self.draft_tokens, self.accepted_tokens = finish.drafted_tokens, finish.accepted_tokens

@@ -53,6 +53,9 @@ def test_every_answer_is_the_one_given_alone(seed: int) -> None:
         slowdown=rng.choice([0.0, 2.5]),
     )
     requests = {i: random_request(rng, heads) for i in range(90)}
+    for i in rng.sample(range(1, 90), 30):  # some have the prompt of the one that comes after them
+        requests[i] = requests[i - 1][0], requests[i][1]
+    callers = {i: Caller(rng.choice("abc"), rng.choice(TIERS)) for i in range(0, 90, 3)}
     aborted: set[int] = set()
     steps = 0
     waiting = list(requests)
@@ -61,7 +64,7 @@ def test_every_answer_is_the_one_given_alone(seed: int) -> None:
             if waiting:
                 request_id = waiting.pop()
                 prompt, params = requests[request_id]
-                run.add(request_id, prompt, Caller(rng.choice("abc"), rng.choice(TIERS)), **params)
+                run.add(request_id, prompt, callers[request_id // 3 * 3], **params)
         if rng.random() < 0.03 and run.answers:
             victim = rng.choice(list(run.answers))
             if run.answers[victim].finish is None:
@@ -85,7 +88,7 @@ def test_every_answer_is_the_one_given_alone(seed: int) -> None:
         for name in ("prompt_tokens", "completion_tokens", "num_shifts"):
             assert getattr(got.finish, name) == getattr(expected.finish, name)
         shifts += got.finish.num_shifts
-    assert shifts > 20
+    assert shifts > 5
 
 
 def test_pressure_makes_it_slow_not_wrong() -> None:

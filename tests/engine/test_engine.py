@@ -335,7 +335,7 @@ def test_info_and_stats() -> None:
     info = run.engine.info()
     assert info.kv_bytes == 10 * 4 * (2 + 2 + 2 + 2) * 4 and info.vram_bytes == 0 and info.weight_bytes == 1000
     run.add(0, PROMPT, max_tokens=5)
-    run.add(1, PROMPT, max_tokens=5)
+    run.add(1, PROMPT[::-1], max_tokens=5)
     stats = run.engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_steps, stats.free_blocks) == (0, 2, 0, 10)
     run.step()

@@ -76,6 +76,7 @@ def test_prompts_side_by_side(client: httpx.Client) -> None:
         "prompt_tokens": sum(map(len, prompts)),
         "completion_tokens": 4,
         "total_tokens": sum(map(len, prompts)) + 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -104,6 +105,7 @@ def test_n_choices(daemon: Daemon) -> None:
         assert alone.choices[0].message.content == texts[0], "the first choice is that of n = 1"
         assert made.usage is not None and alone.usage is not None
         assert made.usage.prompt_tokens == alone.usage.prompt_tokens and made.usage.completion_tokens <= 24
+        assert made.usage.prompt_tokens_details is not None and made.usage.prompt_tokens_details.cached_tokens == 0
         with api.chat.completions.create(
             **asked, n=3, temperature=1.5, seed=11, stream=True, stream_options={"include_usage": True}
         ) as stream:
@@ -112,6 +114,20 @@ def test_n_choices(daemon: Daemon) -> None:
         for chunk in chunks[:-1]:
             shown[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
         assert shown == texts[:3] and chunks[-1].usage is not None and not chunks[-1].choices
+
+
+def test_a_prompt_is_computed_once_for_all_choices(daemon: Daemon, client: httpx.Client) -> None:
+    """As the engine counts: all of the prompt for the first, and its last token for each other."""
+    before = daemon.stats()
+    made = complete(client, prompt=list(range(1000, 1200)), n=6, max_tokens=3, temperature=1)
+    after = daemon.stats()
+    queried, found = (after[name] - before[name] for name in ("prefix_query_tokens", "prefix_hit_tokens"))
+    assert (queried, found) == (6 * 200, 5 * 199)
+    assert made["usage"]["prompt_tokens"] == 200 and made["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    again = complete(client, prompt=list(range(1000, 1200)), n=6, max_tokens=3, temperature=1)
+    assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": 192}
+    lines = [line for line in daemon.log.read_text().splitlines() if "prompt_tokens=200" in line]
+    assert [line.partition("cached_tokens=")[2].split()[0] for line in lines] == ["0", "192"]
 
 
 def test_logit_bias(client: httpx.Client) -> None:

@@ -137,6 +137,7 @@ def test_tokens_that_come_together() -> None:
     record.begin("m")
     record.took(1, record.start + 5_000_000)
     record.took(4, record.start + 45_000_000)
+    record.cached_tokens = 2
     record.generated("repeat", Finish("length", 3, cached_tokens=2, queue_ns=7))
     record.close()
     figures = totals.models["m"]
