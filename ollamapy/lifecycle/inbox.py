@@ -50,4 +50,5 @@ class Inbox:
             [entry for output in outputs for entry in output.prompt_logprobs],
             max(output.queue_ns for output in outputs),
             max(output.cached_tokens for output in outputs),
+            max(output.drafts for output in outputs),
         )

@@ -19,7 +19,8 @@ import msgspec
 from ollamapy.engine import protocol
 from ollamapy.engine.protocol import Abort, Command, Embed, Embedding, Event, Generate, GetStats, Output, Plan, Step
 from ollamapy.errors import OllamapyError
-from ollamapy.lifecycle.wire import commands, encode
+from ollamapy.lifecycle.outbox import Outbox
+from ollamapy.lifecycle.wire import commands
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Loop:
     def __init__(self, sock: socket.socket, plan: Plan, build: Build) -> None:
         self._sock, self._plan, self._build = sock, plan, build
         self._reader = commands()
+        self._outbox = Outbox()
         self._last_progress = 0.0
 
     def run(self) -> None:
@@ -87,12 +89,15 @@ class Loop:
             received = self._receive(wait=not engine.has_work)
             if received is None:
                 return
+            if received:
+                self._send([])  # a prompt may make the next step a long one
             for command in received:
                 if isinstance(command, protocol.Shutdown):
                     return
                 self._handle(engine, command)
             if engine.has_work:
-                self._send(engine.step())
+                events = engine.step()
+                self._send(events, may_wait=engine.has_work)
 
     def _receive(self, wait: bool) -> list[Command] | None:
         """Commands that have come; None at the end of the connection."""
@@ -125,9 +130,9 @@ class Loop:
             else:
                 self._send([Embedding(command.request_id, b"", len(command.token_ids), str(error))])
 
-    def _send(self, events: list[Event]) -> None:
-        if events:
-            self._sock.sendall(b"".join(encode(event) for event in events))
+    def _send(self, events: list[Event], may_wait: bool = False) -> None:
+        if data := self._outbox.put(events, time.monotonic(), last=not may_wait):
+            self._sock.sendall(data)
 
 
 def _text(error: BaseException) -> str:
