@@ -6,6 +6,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile, TensorInfo
 from ollamapy.layers.layer import Declared, Layer, declared_tensors
-from ollamapy.models import ARCHITECTURES
+from ollamapy.models import ARCHITECTURES, upload
 from ollamapy.models.config import ModelConfig
 from ollamapy.models.decoder import Decoder
 from ollamapy.quant.tensor import QuantTensor
@@ -108,10 +109,19 @@ def _load(file: GGUFFile, jobs: list[Job], progress: Progress) -> None:
     total = sum(source.nbytes for *_, sources, _ in jobs for source in sources)
     completed = 0
     progress("loading", completed, total)
-    for layer, key, declared, sources, device in jobs:
-        layer.load(key, ops.prepare(_read(file, sources), device, declared.use))
-        completed += sum(source.nbytes for source in sources)
-        progress("loading", completed, total)
+    for *_, sources, _ in jobs:
+        _check_types(sources)
+    with ExitStack() as stack:
+        uploads: dict[torch.device, upload.Upload] = {}
+        for device in {device for *_, device in jobs}:
+            if (lane := upload.lane(device)) is not None:
+                wanted = [sources for *_, sources, on in jobs if on == device]
+                uploads[device] = stack.enter_context(upload.Upload(file, lane, wanted))
+        for layer, key, declared, sources, device in jobs:
+            weight = _uploaded(uploads[device], sources) if device in uploads else _read(file, sources)
+            layer.load(key, ops.prepare(weight, device, declared.use))
+            completed += sum(source.nbytes for source in sources)
+            progress("loading", completed, total)
 
 
 def _tie(jobs: list[Job]) -> None:
@@ -123,13 +133,22 @@ def _tie(jobs: list[Job]) -> None:
             layer.load(key, rows or getattr(layer, key))
 
 
+def _check_types(sources: list[TensorInfo]) -> None:
+    if any(source.type is not sources[0].type for source in sources):
+        raise UnsupportedModel(f"{sources[0].name} and the other experts' tensors are not all of one type")
+
+
+def _uploaded(source: upload.Upload, sources: list[TensorInfo]) -> QuantTensor:
+    """The same on the device."""
+    shape = sources[0].shape if len(sources) == 1 else (len(sources), *sources[0].shape)
+    return QuantTensor.wrap(source.next(), sources[0].type, shape)
+
+
 def _read(file: GGUFFile, sources: list[TensorInfo]) -> QuantTensor:
     """One tensor of the file as it lies there, or several stacked along a new first dimension."""
     parts = [QuantTensor.from_file(file, source.name) for source in sources]
     if len(parts) == 1:
         return parts[0]
-    if any(part.type is not parts[0].type for part in parts):
-        raise UnsupportedModel(f"{sources[0].name} and the other experts' tensors are not all of one type")
     return QuantTensor(torch.stack([part.data for part in parts]), parts[0].type, (len(parts), *parts[0].shape))
 
 
