@@ -33,6 +33,10 @@ class Accelerator(Protocol):
         """Starts copying a tensor to the host; the call waits for that copy, and for nothing that was begun later."""
         ...
 
+    def release(self) -> None:
+        """Gives memory that torch holds and does not use back to the device."""
+        ...
+
     def free_bytes(self) -> int:
         """Memory that can be allocated: the device's, and what torch holds and does not use."""
         ...
@@ -76,6 +80,10 @@ class Cuda:
             return host
 
         return wait
+
+    def release(self) -> None:
+        with torch.cuda.device(self._device):
+            torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)

@@ -19,6 +19,7 @@ from ollamapy.engine.adapters import Adapters
 from ollamapy.engine.batch import RowAdapter
 from ollamapy.engine.execution import Execution, failure_text
 from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
+from ollamapy.engine.memory import allocated, shortage
 from ollamapy.engine.overlap import Overlap
 from ollamapy.engine.pooling import pooling_of
 from ollamapy.engine.prefix_store import PrefixStore
@@ -36,7 +37,7 @@ from ollamapy.engine.protocol import (
     Stats,
     Step,
 )
-from ollamapy.engine.runner import Model, ModelRunner
+from ollamapy.engine.runner import Model
 from ollamapy.engine.schedule import Schedule, finish
 from ollamapy.engine.scheduler import Scheduler
 from ollamapy.engine.sequence import Pooling, Result, Sequence, refusal
@@ -68,14 +69,15 @@ class Engine:
         store: PrefixStore | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.model, self.plan, self._kernels = model, plan, kernels or {}
-        self.runner = ModelRunner(model, plan, spare_blocks=int(accelerator is not None))  # for the padding of recorded steps
+        self.model, self._asked, self._kernels = model, plan, kernels or {}
+        self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
+        self.runner, plan = allocated(model, plan, accelerator)
+        self.plan = plan
         self.scheduler = Scheduler(plan, not model.config.causal, store.key if store is not None else b"")
         self.prefixes = Prefixes(self.scheduler.blocks, self.runner.tensors, store) if store is not None else None
         self._pool_tokens = self.scheduler.blocks.max_tokens(plan.context_length)
         self.execution = Execution(self.runner, plan, self._kernels, accelerator)
         self.overlap = Overlap(self.execution, self.scheduler) if accelerator is not None and plan.overlap else None
-        self.draft_model = None if draft_model is None else DraftModel(draft_model, plan)
         self.speculation = Speculation(plan, self.draft_model)
         self.grammars = Grammars(read_vocabulary)
         self.adapters = Adapters(load_adapter)
@@ -213,6 +215,7 @@ class Engine:
             kv_dtype=plan.kv_dtype,
             precise=plan.precise,
             kernels=self._kernels,
+            notes=shortage(self._asked, plan),
         )
 
     def check_integrity(self) -> str:

@@ -98,6 +98,9 @@ class Plan(msgspec.Struct, frozen=True):
     prefix_bytes: int = 0  # most bytes of them, all models together
     groups: tuple[LayerGroup, ...] = ()  # (): all layers in one group that keeps every token
     slowdown: float = 2.5  # how much longer than decoding alone a step with prompt tokens may take; <= 1: no limit
+    least_blocks: int = 0  # on a GPU: num_blocks becomes what there is room for once the weights are there, between these
+    most_blocks: int = 0  # 0: it stays as it is
+    reserve_bytes: int = 0  # of a GPU that are left free
     cuda_graphs: bool = True  # on a GPU: steps that only decode are recorded
     overlap: bool = True  # on a GPU: such a step starts before the tokens of the one before have come to the host
 
@@ -162,6 +165,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     precise: bool = False
     kernels: dict[str, str] = {}  # op -> implementation chosen
     load_ns: int = 0
+    notes: tuple[str, ...] = ()  # what turned out otherwise than planned
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

@@ -22,6 +22,7 @@ BLOCK_SIZE = 16
 MAX_CONTEXTS = {"cpu": 8, "cuda": 32}
 KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+GPU_RESERVE = 457 << 20  # left free on each GPU, as Ollama does
 BASE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of a process: interpreter and torch; a CUDA context with its libraries
 KV_BLOCKS: dict[KVType, tuple[int, int]] = {"f16": (2, 1), "bf16": (2, 1), "f32": (4, 1), "q8_0": (34, 32)}  # bytes, elements
 _BATCHES = ((32768, 2048), (4096, 1024), (0, 512))  # context above -> tokens per step
@@ -157,6 +158,9 @@ class Model:
             kernels=self.settings.kernels,
             groups=groups,
             precise=self.precise,
+            least_blocks=blocks if last.kind == "cuda" else 0,
+            most_blocks=wanted * blocks if last.kind == "cuda" else 0,
+            reserve_bytes=self.settings.gpu_overhead + GPU_RESERVE,
             cuda_graphs=self.settings.cuda_graphs,
             overlap=self.settings.overlap,
             prefix_folder=str(self.settings.cache_folder / "prefixes") if self.settings.prefix_cache_bytes else "",

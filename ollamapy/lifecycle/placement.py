@@ -14,14 +14,13 @@ from ollamapy.engine.protocol import KVType
 from ollamapy.env import Settings
 from ollamapy.errors import EngineError
 from ollamapy.lifecycle.devices import GPU, Devices
-from ollamapy.lifecycle.fit import KV_BLOCKS, Model, Place, Placement
+from ollamapy.lifecycle.fit import GPU_RESERVE, KV_BLOCKS, Model, Place, Placement
 from ollamapy.lifecycle.options import MIN_CONTEXT, RunnerOptions
 from ollamapy.lifecycle.sizes import Beside, WeightBytes
 from ollamapy.models.config import ModelConfig
 
 GIB = 1 << 30
 AUTO_CONTEXT = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))  # total GPU memory -> default context
-GPU_RESERVE = 457 << 20  # left free on each GPU, as Ollama does
 
 
 class DoesNotFit(EngineError):

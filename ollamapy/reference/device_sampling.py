@@ -15,6 +15,7 @@ from ollamapy.engine.filters import Floats
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.reference.sampling import LEVELS
 
+ELEMENTS = 1 << 23  # logits looked at together: a row takes some ten arrays of 8 bytes each, 0.7 GB for 64 rows of 128k
 _LOW = 0x7FFFFFFF
 _ORDERED = -1  # an unfiltered row: its vocabulary in the order of ids
 
@@ -43,12 +44,14 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> 
         groups[heads[-1]] += groups.pop(count)
     values = [(p.temperature, p.top_k, p.top_p, p.min_p, own) for p, own in zip(params, uniforms.tolist(), strict=True)]
     cuts = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+    most = max(ELEMENTS // vocab_size, 1)
+    if len(groups) == 1 and len(params) <= most:
+        return _drawn(logits, cuts, *groups)
     tokens = torch.empty(len(params), dtype=torch.int64, device=device)
     for count, rows in groups.items():
-        if len(rows) == len(params):
-            return _drawn(logits, cuts, count)
-        index = torch.tensor(rows).to(device, non_blocking=True)
-        tokens[index] = _drawn(logits[index], cuts[index], count)
+        where = torch.tensor(rows).to(device, non_blocking=True)
+        for index in torch.split(where, most):
+            tokens[index] = _drawn(logits[index], cuts[index], count)
     return tokens
 
 

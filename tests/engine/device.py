@@ -30,6 +30,7 @@ class Emulated:
     num_fetched: int = 0
     waiting: int = 0  # fetches that were not waited for
     most_waiting: int = 0
+    num_released: int = 0
     recorded: list[Rerun] = field(default_factory=list)
 
     def record(self, run: Callable[[], None]) -> Rerun:
@@ -53,6 +54,9 @@ class Emulated:
             return copy
 
         return wait
+
+    def release(self) -> None:
+        self.num_released += 1
 
     def free_bytes(self) -> int:
         return self.free

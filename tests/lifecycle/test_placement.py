@@ -74,6 +74,21 @@ def test_a_cpu_plan() -> None:
     assert placed.total_bytes < 10 * GIB
 
 
+@pytest.mark.parametrize(("kind", "per_token"), [("f16", 131072), ("q8_0", 69632), ("f32", 262144)])
+def test_a_gpu_plan_leaves_the_number_of_blocks_open(kind: str, per_token: int) -> None:
+    """The engine measures: between one context and as many as are wanted, beside what the user wants left free."""
+    settings = {"kv_cache_type": kind, "gpu_overhead": 2 * GIB, "flash_attention": "0"}  # accepted: there is only one attention
+    placed = place(gpus((24, 23)), options={"num_ctx": 4096}, **settings)
+    made = placed.plan
+    assert (made.device, made.kv_dtype, made.least_blocks, made.most_blocks) == ("cuda:0", kind, 256, 32 * 256)
+    assert made.reserve_bytes == (2 * GIB) + (457 << 20)
+    assert made.least_blocks <= made.num_blocks <= made.most_blocks
+    assert placed.kv_bytes == made.num_blocks * 16 * per_token
+    assert placed.total_bytes <= 23 * GIB - made.reserve_bytes
+    assert place(gpus((24, 23)), num_parallel=2, options={"num_ctx": 4096}).plan.most_blocks == 2 * 256
+    assert place(cpu(32)).plan.most_blocks == 0
+
+
 def test_a_draft_model_takes_its_share() -> None:
     """As large as the model itself: weights and a pool of blocks of its own."""
     draft = Beside("d.gguf", config(), sizes(2, 2))

@@ -1,0 +1,90 @@
+"""How many KV blocks a GPU has room for: its weights lie there, a step's activations are measured, the rest is for blocks.
+
+Placement estimates, to choose a device; here it is decided. Knows no CUDA: `Accelerator` does.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+
+import msgspec
+import torch
+
+from ollamapy.engine.accelerator import Accelerator
+from ollamapy.engine.build import build_batch
+from ollamapy.engine.device_sampler import DeviceSampler
+from ollamapy.engine.protocol import Plan, SamplingParams
+from ollamapy.engine.runner import Model, ModelRunner
+from ollamapy.engine.sampler import Sampler
+from ollamapy.engine.schedule import Schedule
+from ollamapy.engine.sequence import Sequence
+from ollamapy.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+MARGIN = 1.1  # times the measured activations: what the allocator rounds up and cannot put together again
+RECORDED = 256 << 20  # bytes for recorded steps; they stop at `graphs.MAX_BYTES`, and blocks cannot be given back for them
+SHRINK = 0.9  # of the blocks, where the device has not the memory after all
+WIDEST = SamplingParams(temperature=1.0, top_k=0, top_p=0.9)  # draws from the whole vocabulary, sorted
+
+
+def allocated(model: Model, plan: Plan, accelerator: Accelerator | None) -> tuple[ModelRunner, Plan]:
+    """A runner with its caches, and the plan as it came true. On an accelerator: with as many blocks as there is room for where
+    the plan leaves that open (`most_blocks`), and one more for the padding of recorded steps. Raises EngineError when the least
+    do not fit."""
+    if accelerator is None:
+        return ModelRunner(model, plan), plan
+    if plan.most_blocks:
+        plan = _fitted(model, plan, accelerator)
+    while True:
+        try:
+            return ModelRunner(model, plan, spare_blocks=1), plan
+        except EngineError as error:
+            fewer = max(int(plan.num_blocks * SHRINK), plan.least_blocks)
+            if not plan.least_blocks or fewer >= plan.num_blocks:
+                raise
+            log.warning("%s: trying %d blocks, not %d", error, fewer, plan.num_blocks)
+        accelerator.release()
+        plan = msgspec.structs.replace(plan, num_blocks=fewer)
+
+
+def shortage(asked: Plan, plan: Plan) -> tuple[str, ...]:
+    """What a user should know of a plan that did not come true."""
+    text = f"the GPU has room for {plan.num_blocks} KV blocks of {plan.block_size} tokens, not for {asked.num_blocks}"
+    return (text,) if plan.num_blocks < asked.num_blocks else ()
+
+
+def _fitted(model: Model, plan: Plan, accelerator: Accelerator) -> Plan:
+    peak, per_block = _measured(model, plan, accelerator)
+    accelerator.release()
+    room = accelerator.free_bytes() - plan.reserve_bytes - int(MARGIN * peak) - (RECORDED if plan.cuda_graphs else 0)
+    count = max(plan.least_blocks, min(room // per_block - 1, plan.most_blocks))
+    log.info("activations take %d MiB, a KV block %d KiB: room for %d blocks", peak >> 20, per_block >> 10, count)
+    return msgspec.structs.replace(plan, num_blocks=count)
+
+
+def _measured(model: Model, plan: Plan, accelerator: Accelerator) -> tuple[int, int]:
+    """Bytes of the largest step beside weights and caches, and of a block."""
+    length = min(plan.max_batch_tokens, plan.context_length)
+    count = max(plan.max_batch_tokens // length, 1)
+    groups, blocks = len(plan.groups) or 1, -(-length // plan.block_size)
+    total = groups * count * blocks
+    runner = ModelRunner(model, msgspec.structs.replace(plan, num_blocks=total))
+    sequences = []
+    for number in range(count):
+        seq = Sequence(number, array("q", bytes(8 * length)), WIDEST, plan.context_length, 0)
+        starts = [(group * count + number) * blocks for group in range(groups)]
+        seq.block_tables = [array("i", range(start, start + blocks)) for start in starts]
+        sequences.append(seq)
+    batch = build_batch(Schedule(sequences, [length] * count), plan.block_size, runner.device)
+
+    def step() -> None:
+        hidden = runner.forward(batch)
+        if model.config.causal:  # as many rows as a step has at most, each drawn in the most expensive way
+            rows = plan.max_num_seqs
+            logits = runner.logits(hidden[:1].expand(rows, -1).contiguous())
+            DeviceSampler(Sampler(), accelerator.fetch).start(logits, [sequences[0]] * rows).results()
+
+    with torch.inference_mode():
+        return accelerator.peak_bytes(step), max(runner.kv_bytes // total, 1)
