@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ollamapy.engine.block_check import GONE, Books, num_gone, problems_of
 from ollamapy.engine.block_hash import BlockHash
-from ollamapy.engine.groups import blocks_of, most_blocks
+from ollamapy.engine.groups import most_blocks, most_tokens
 from ollamapy.engine.sequence import Sequence
 
 
@@ -77,10 +77,7 @@ class BlockManager:
 
     def max_tokens(self, limit: int) -> int:
         """Tokens, at most `limit`, of a sequence that can be run when it has the pool to itself."""
-        size = self.block_size
-        while limit > 0 and blocks_of(limit, self.windows, size, self._step_tokens) > self.num_blocks:
-            limit = (limit - 1) // size * size
-        return limit
+        return most_tokens(limit, self.num_blocks, self.windows, self.block_size, self._step_tokens)
 
     def needed(self, seq: Sequence, found: Hit | None = None) -> int:
         """Blocks that the whole context of `seq` still takes, beside those it has or those of `found`."""

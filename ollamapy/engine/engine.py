@@ -75,7 +75,7 @@ class Engine:
         self.plan = plan
         self.scheduler = Scheduler(plan, not model.config.causal, store.key if store is not None else b"")
         self.prefixes = Prefixes(self.scheduler.blocks, self.runner.tensors, store) if store is not None else None
-        self._pool_tokens = self.scheduler.blocks.max_tokens(plan.context_length)
+        self.max_context = self.scheduler.blocks.max_tokens(plan.max_context or plan.context_length)
         self.execution = Execution(self.runner, plan, self._kernels, accelerator)
         self.overlap = Overlap(self.execution, self.scheduler) if accelerator is not None and plan.overlap else None
         self.speculation = Speculation(plan, self.draft_model)
@@ -99,7 +99,8 @@ class Engine:
         self._begin(request_id, token_ids, params, seed, None, caller)
 
     def embed(self, request_id: int, token_ids: list[int], caller: Caller = NOBODY) -> None:
-        """Starts computing the embedding of `token_ids`, pooled as the model's metadata says. Answers and raises as `add`."""
+        """Starts computing the embedding of `token_ids`, pooled as the model's metadata says: of as many as the blocks hold.
+        Answers and raises as `add`."""
         config = self.model.config
         self._begin(request_id, token_ids, EMBEDDING_PARAMS, 0, pooling_of(config.pooling_type, config.causal), caller)
 
@@ -206,6 +207,7 @@ class Engine:
             architecture=self.model.config.architecture,
             device=plan.device,
             context_length=plan.context_length,
+            max_context=self.max_context,
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,
             weight_bytes=weight_bytes,
@@ -240,7 +242,8 @@ class Engine:
         restoring = self.prefixes is not None and self.prefixes.knows(request_id)
         if request_id in self.scheduler.sequences or request_id in self._compiling or restoring:
             raise EngineError(f"request {request_id} is in use")
-        limit = min(params.context_length or self.plan.context_length, self.plan.context_length, self._pool_tokens)
+        wanted = params.context_length or (self.plan.context_length if pooling is None else self.max_context)
+        limit = min(wanted, self.max_context)
         refused = refusal(token_ids, params, limit, self.model.config.vocab_size)
         if refused and pooling is not None:
             self._pending.append(Embedding(request_id, b"", len(token_ids), refused))

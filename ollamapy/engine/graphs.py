@@ -124,7 +124,7 @@ class Graphs:
 
     def _bucket(self, step: Schedule) -> _Bucket:
         plan, sequences = self._plan, step.sequences
-        width = width_bucket(max(seq.num_blocks for seq in sequences), plan.block_size, plan.context_length)
+        width = width_bucket(max(seq.num_blocks for seq in sequences), plan.block_size, plan.max_context or plan.context_length)
         key = seqs_bucket(len(sequences)), width
         found = self._buckets.pop(key, None) or self._new(*key, len(sequences[0].block_tables))
         self._buckets[key] = found

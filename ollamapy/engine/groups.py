@@ -49,6 +49,13 @@ def most_blocks(window: int, block_size: int, step_tokens: int) -> int:
     return -(-(window - 1 + step_tokens) // block_size) + 1
 
 
+def most_tokens(limit: int, num_blocks: int, windows: Sequence[int], block_size: int, step_tokens: int) -> int:
+    """Tokens, at most `limit`, of a sequence that can be run when it has a pool of `num_blocks` to itself."""
+    while limit > 0 and blocks_of(limit, windows, block_size, step_tokens) > num_blocks:
+        limit = (limit - 1) // block_size * block_size
+    return limit
+
+
 def blocks_of(num_tokens: int, windows: Sequence[int], block_size: int, step_tokens: int) -> int:
     """Blocks that one sequence of `num_tokens` holds at most, all groups together; a window of 0 is none."""
     full = -(-num_tokens // block_size)

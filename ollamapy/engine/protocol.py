@@ -50,7 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     max_tokens: int = -1  # generated tokens, a stop id included; < 0: ten context lengths
     stop_ids: tuple[int, ...] = ()  # end of generation; the id itself is not reported
     suppress_ids: tuple[int, ...] = ()  # never sampled (padding and unused ids)
-    context_length: int = 0  # this request's num_ctx; 0: the engine's
+    context_length: int = 0  # this request's num_ctx, at most Plan.max_context; 0: the engine's
     num_keep: int = 4  # head tokens kept at a context shift; -1: the whole prompt
     shift: bool = True  # False: finish with "length" when the context is full
     logprobs: int = -1  # -1: none; n >= 0: of the token chosen and of the n likeliest
@@ -87,7 +87,8 @@ class Plan(msgspec.Struct, frozen=True):
     kv_dtype: KVType = "f16"
     block_size: int = 16  # tokens per KV block
     num_blocks: int = 256  # KV blocks in the pool, shared by all sequences
-    context_length: int = 4096  # most tokens of one sequence
+    context_length: int = 4096  # most tokens of a sequence that does not say how many it wants
+    max_context: int = 0  # most tokens that one may want: what the pool holds; 0: context_length
     max_num_seqs: int = 64  # sequences that run together
     max_batch_tokens: int = 512  # token budget of one step
     num_threads: int = 0  # 0: physical cores
@@ -161,6 +162,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_bytes: int
     vram_bytes: int  # of weights and KV, the part on a GPU
     embedding_length: int
+    max_context: int = 0  # what a request may set its context to
     kv_dtype: KVType = "f16"
     precise: bool = False
     kernels: dict[str, str] = {}  # op -> implementation chosen

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from ollamapy.engine.groups import blocks_of, group_size, layer_groups
+from ollamapy.engine.groups import blocks_of, group_size, layer_groups, most_tokens
 from ollamapy.engine.protocol import KVType, LayerGroup, LayerSpan, Plan
 from ollamapy.env import Settings
 from ollamapy.lifecycle.options import RunnerOptions
@@ -76,11 +76,17 @@ class Model:
     def batch_tokens(self, context: int) -> int:
         return self.options.num_batch or next(tokens for above, tokens in _BATCHES if context > above)
 
+    def longest(self, context: int) -> int:
+        """What a request to an engine of this context may ever set its own to: there factors of rope are chosen at the load."""
+        trained, scaling = self.config.context_length or context, self.config.ropes[0].scaling
+        chosen = scaling.type in ("none", "longrope") and context <= scaling.original_context_length
+        return max(context, min(trained, scaling.original_context_length) if chosen else trained)
+
     def groups(self, context: int) -> tuple[LayerGroup, ...]:
         """Layers whose windows are shorter than the context give their older blocks back, where all layers have equal heads."""
         config = self.config
         shapes = set(zip(config.num_kv_heads, config.key_length, config.value_length, strict=True))
-        return layer_groups(config.windows, context) if config.causal and len(shapes) == 1 else ()
+        return layer_groups(config.windows, self.longest(context)) if config.causal and len(shapes) == 1 else ()
 
     def layer_bytes(self, layer: int) -> int:
         """KV bytes of one token."""
@@ -141,6 +147,8 @@ class Model:
         count = max(1, min([wanted, *fitting]))
         short = f"OLLAMA_NUM_PARALLEL={wanted} does not fit: KV room for {count} contexts"
         notes = (short,) if self.settings.num_parallel and count < wanted else ()
+        windows = [group.window for group in groups] or [0]
+        most = most_tokens(self.longest(context), count * blocks, windows, BLOCK_SIZE, self.batch_tokens(context))
         spans = tuple(LayerSpan(place.device, len(layers)) for place, layers in parts) if len(parts) > 1 else ()
         made = Plan(
             model_path=self.path,
@@ -152,6 +160,7 @@ class Model:
             block_size=BLOCK_SIZE,
             num_blocks=count * blocks,
             context_length=context,
+            max_context=max(context, most),
             max_num_seqs=min(MAX_NUM_SEQS[last.kind], self.batch_tokens(context)),
             max_batch_tokens=self.batch_tokens(context),
             num_threads=self.options.num_thread or cpu_cores,

@@ -51,7 +51,8 @@ class LoadedModel(Generic[M]):
     tokenizer: Tokenizer
     config: ModelConfig
     metadata: Mapping[str, Any]  # of the GGUF, without its vocabulary
-    context_length: int  # of the engine; a request may set itself less
+    context_length: int  # of a request that sets itself none
+    max_context: int  # that it may set
     load_ns: int  # from the request for the model until it could be used
 
 
@@ -115,7 +116,7 @@ class Resident:
         num_ctx = min(wanted.num_ctx or 0, trained) if trained else wanted.num_ctx or 0
         main = int(plan.device.partition(":")[2] or 0) if self.on_gpu else wanted.main_gpu
         return (
-            num_ctx <= plan.context_length
+            num_ctx <= max(plan.max_context, plan.context_length)
             and self._has_on_gpus(wanted.num_gpu)
             and wanted.main_gpu in (None, main)
             and wanted.num_batch in (None, plan.max_batch_tokens)
@@ -176,9 +177,9 @@ class Resident:
         return max(0, info.weight_bytes + info.kv_bytes - info.vram_bytes - self.engine.memory())
 
     def loaded(self, model: M, load_ns: int) -> LoadedModel[M]:
-        file = self.file
-        context_length = self.engine.info.context_length
-        return LoadedModel(model, self.engine, self.tokenizer, file.config, file.metadata, context_length, load_ns)
+        file, info = self.file, self.engine.info
+        lengths = info.context_length, info.max_context or info.context_length
+        return LoadedModel(model, self.engine, self.tokenizer, file.config, file.metadata, *lengths, load_ns)
 
     def running(self) -> Running:
         info = self.engine.info

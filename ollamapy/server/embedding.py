@@ -48,7 +48,7 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
     warnings += notes
     async with services.residents.use(model, options, lifetime(request.keep_alive), record.caller.client) as loaded:
         load_ns = time.monotonic_ns() - arrival
-        limit = min(options.num_ctx or loaded.context_length, loaded.context_length)
+        limit = min(options.num_ctx or loaded.context_length, loaded.max_context)
         encoded = await _encode_all(texts, loaded.tokenizer)
         total = sum(map(len, encoded))
         encoded = [_cut(ids, loaded.tokenizer, limit, request.truncate) for ids in encoded]

@@ -98,8 +98,8 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         if turn.empty:
             yield _said(done_reason="load")
             return
-        if options.num_ctx > loaded.context_length:
-            warnings.append(f"num_ctx: {options.num_ctx} is more than this model has here: {loaded.context_length} is used")
+        if options.num_ctx > loaded.max_context:
+            warnings.append(f"num_ctx: {options.num_ctx} is more than this model has here: {loaded.max_context} is used")
         chat = services.format(loaded, turn.template)
         style = chat.call_style
         if turn.tools and style is None:
@@ -178,7 +178,7 @@ def _room(options: Options, request: Inference, loaded: LoadedModel[LocalModel])
 
 
 def _num_ctx(options: Options, loaded: LoadedModel[LocalModel]) -> int:
-    return min(options.num_ctx or loaded.context_length, loaded.context_length)
+    return min(options.num_ctx or loaded.context_length, loaded.max_context)
 
 
 async def _in_thread_if(

@@ -137,6 +137,17 @@ def test_tiny_contexts_end(context_length: int, num_keep: int) -> None:
         assert len(answer.tokens) == 10 * context_length, "ten contexts is the limit of a request without one"
 
 
+def test_a_request_may_ask_for_a_larger_context_up_to_what_the_blocks_hold() -> None:
+    run = Run(context_length=16, max_context=100, num_blocks=10)
+    assert run.engine.info().max_context == 40
+    prompt = PROMPT * 3
+    short = run.one(prompt)
+    assert short.finish is not None and "16" in short.finish.error
+    assert run.one(prompt, context_length=40, max_tokens=15).tokens == alone(prompt, max_tokens=15).tokens
+    full = run.one(prompt, context_length=1000, shift=False)
+    assert finish_of(full) == "length" and len(full.tokens) == 40 - 21
+
+
 def test_request_may_ask_for_a_smaller_context_but_not_for_a_larger_one() -> None:
     assert len(Run(context_length=32).one(PROMPT, context_length=12, shift=False).tokens) == 5
     assert len(Run(context_length=32).one(PROMPT, context_length=1000, shift=False).tokens) == 25

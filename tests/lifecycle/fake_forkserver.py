@@ -123,7 +123,8 @@ class FakeEngine:
 
     def info(self) -> EngineInfo:
         plan, weights = self._plan, self._faults.weight_bytes
-        return EngineInfo("llama", plan.device, plan.context_length, plan.num_blocks, plan.block_size, weights, 500, 0, 4)
+        sizes = plan.context_length, plan.num_blocks, plan.block_size, weights, 500, 0, 4, plan.max_context
+        return EngineInfo("llama", plan.device, *sizes)
 
     def trace(self, line: str) -> None:
         if self._faults.trace:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ollamapy.api import options as api_options
+from ollamapy.engine.protocol import Plan
 from ollamapy.env import Settings, load
 from ollamapy.errors import EngineError
 from ollamapy.gguf.reader import TensorInfo
@@ -24,12 +25,12 @@ from ollamapy.models.config import ModelConfig
 GIB = 1 << 30
 
 
-def config(trained: int = 131072) -> ModelConfig:
+def config(trained: int = 131072, **more: object) -> ModelConfig:
     """Llama 3.1 8B: 128 KiB of f16 KV per token."""
     keys = {
         "context_length": trained, "embedding_length": 4096, "block_count": 32, "feed_forward_length": 14336,
         "attention.head_count": 32, "attention.head_count_kv": 8, "attention.layer_norm_rms_epsilon": 1e-5,
-        "vocab_size": 128256,
+        "vocab_size": 128256, **more,
     }  # fmt: skip
     return ModelConfig.from_gguf({"general.architecture": "llama", **{f"llama.{key}": value for key, value in keys.items()}})
 
@@ -59,6 +60,20 @@ def place(
 ) -> Placement:
     wanted = RunnerOptions.of(options or {})
     return plan(config(), sizes(weights, weights), devices, Settings(**settings), wanted, "m.gguf", draft)
+
+
+def test_a_request_may_have_the_context_that_all_blocks_hold() -> None:
+    assert place(cpu(32)).plan.max_context == 8 * 4096
+    assert place(cpu(32), num_parallel=1).plan.max_context == place(cpu(32), num_parallel=1).plan.context_length == 4096
+    assert place(cpu(64), options={"num_ctx": 65536}).plan.max_context >= 65536
+    scaled = {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 8192}
+    assert _planned(config(**scaled)).max_context == 8192, "its factors were chosen for short contexts"
+    assert _planned(config(**scaled), num_ctx=16384).max_context == 131072
+    assert _planned(config(**{**scaled, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0})).max_context == 32768
+
+
+def _planned(model: ModelConfig, **options: object) -> Plan:
+    return plan(model, sizes(5, 5), cpu(64), Settings(), RunnerOptions.of(options)).plan
 
 
 def test_a_cpu_plan() -> None:

@@ -287,7 +287,20 @@ def test_queue_limit_of_a_loaded_model(tmp_path: Path) -> None:
     run(check, max_queue=2)
 
 
-def test_a_smaller_context_needs_no_reload_and_a_larger_one_waits_for_the_running(tmp_path: Path) -> None:
+def test_a_context_that_the_blocks_hold_needs_no_reload(tmp_path: Path) -> None:
+    model = fake_model(tmp_path, "one")
+
+    async def check(residents: Residents) -> None:
+        pid = await hold(residents, model, 0, {"num_ctx": 1024})
+        async with residents.use(model, {"num_ctx": 4096}) as loaded:  # there are blocks for eight of 1024
+            assert (loaded.engine.pid, loaded.context_length, loaded.max_context) == (pid, 1024, 8192)
+        assert await hold(residents, model, 0, {"num_ctx": 8192}) == await hold(residents, model) == pid
+        assert await hold(residents, model, 0, {"num_ctx": 1 << 20}) == pid, "capped at the trained 8192"
+
+    run(check)
+
+
+def test_a_smaller_context_needs_no_reload_and_one_beyond_the_blocks_waits_for_the_running(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     model = fake_model(tmp_path, "one", trace=str(trace))
 
@@ -309,7 +322,7 @@ def test_a_smaller_context_needs_no_reload_and_a_larger_one_waits_for_the_runnin
         await hold(residents, model, 0, {"num_ctx": 1 << 21})
         assert [plan["context_length"] for plan in loads(trace)] == [1024, 2048, 8192]
 
-    run(check)
+    run(check, num_parallel=1)
 
 
 @pytest.mark.parametrize(
@@ -343,12 +356,12 @@ def test_waiters_with_different_needs_all_get_what_they_need(tmp_path: Path) -> 
 
     async def use(residents: Residents, num_ctx: int) -> int:
         async with residents.use(model, {"num_ctx": num_ctx}) as loaded:
-            return loaded.context_length - num_ctx
+            return loaded.max_context - num_ctx
 
     async def check(residents: Residents) -> None:
         assert min(await asyncio.gather(*(use(residents, 256 * n) for n in (1, 4, 2, 3, 4, 1)))) >= 0
 
-    run(check)
+    run(check, num_parallel=1)
 
 
 def test_a_crash_ends_streams_and_the_next_use_loads_again(tmp_path: Path) -> None:
