@@ -57,6 +57,9 @@ SCALES: dict[GGMLType, tuple[Scale, ...]] = {
     GGMLType.Q8_0: (Scale(0, SPREAD / 74),),
     GGMLType.Q4_K: (Scale(0, SPREAD / 4.6 / 31.5), Scale(2, 7.5 * SPREAD / 4.6 / 31.5)),
     GGMLType.Q6_K: (Scale(208, SPREAD / 18.5 / 74),),  # signed 8-bit sub-scales
+    GGMLType.Q2_K: (Scale(80, SPREAD / 1.1 / 9), Scale(82, 1.5 * SPREAD / 1.1 / 9)),
+    GGMLType.IQ2_XXS: (Scale(0, SPREAD / 22 / 2.3),),  # signed 8, 25 or 43, times a quarter of 0.5 to 15.5
+    GGMLType.IQ3_S: (Scale(0, SPREAD / 9.2 / 18.5),),
 }
 
 
@@ -84,6 +87,10 @@ def tensor_type(mix: str, part: str, layer: int, layers: int) -> GGMLType:
         return GGMLType.Q8_0 if mix == "Q8_0" else GGMLType.Q6_K
     if mix == "Q4_K_M":
         return GGMLType.Q6_K if part in ("attn_v", "ffn_down") and more_bits(layer, layers) else GGMLType.Q4_K
+    if mix == "IQ2_XXS" and part in ("attn_v", "attn_output"):
+        return GGMLType.Q4_K if part == "attn_v" else GGMLType.IQ3_S
+    if mix == "IQ2_XXS" and part == "ffn_down" and layer < layers // 8:
+        return GGMLType.Q2_K
     return GGMLType[mix]
 
 
@@ -158,7 +165,7 @@ def metadata(shape: Shape, mix: str) -> dict[str, Any]:
 
 
 def make(path: Path, shape: Shape, mix: str, seed: int = 0) -> Path:
-    """Writes the file if it is not there. `mix`: Q4_K_M, Q6_K, Q8_0 or Q4_0."""
+    """Writes the file if it is not there. `mix`: Q4_K_M, Q6_K, Q8_0, Q4_0 or IQ2_XXS."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(path, metadata(shape, mix), list(tensors(shape, mix, seed)))
@@ -169,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
-    parser.add_argument("--mix", choices=["Q4_K_M", "Q6_K", "Q8_0", "Q4_0"], default="Q4_K_M")
+    parser.add_argument("--mix", choices=["Q4_K_M", "Q6_K", "Q8_0", "Q4_0", "IQ2_XXS"], default="Q4_K_M")
     args = parser.parse_args()
     print(make(args.path, SHAPES[args.shape], args.mix))
 

@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   // Threads of the kernels below, the calling one included. At the start: the physical cores.
   m.def("set_threads(int count) -> ()");
   // rows (n, row bytes) uint8 of GGUF type `type`, k weights each -> tiles (ceil(n / 16), 16 * row bytes): the same bits, permuted.
-  // Those of experts, (X, n, row bytes), become (X, tiles, bytes).
+  // Those of experts, (X, n, row bytes), become (X, tiles, bytes). Rows of the types in cpu/isa/coded.h are not the file's.
   m.def("pack_weight(Tensor rows, int type, int k) -> Tensor");
   m.def("unpack_weight(Tensor tiles, int type, int n, int k) -> Tensor");
   // x (m, k) float32 times a packed (n, k) weight -> (m, n) float32. Quantized weights take x as int8 per 32.

@@ -1,8 +1,8 @@
 """The C++ kernels for the CPU as `ops` wants them: its arguments to those of `torch.ops.ollamapy` (csrc/ops.cpp).
 
 Weights are packed once at load into tiles of 16 rows that hold the file's bits, permuted; activations become int8 per 32 with
-float32 scales, dots of a group are exact integers, and floats are added over groups in one order at every batch size. Weight
-types without a kernel of their own are decoded to float16.
+float32 scales, dots of a group are exact integers, and floats are added over groups in one order at every batch size. Types of
+few values (`quant.forms`) take 5 or 6 bits a weight there, with the same values.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ollamapy import extension
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import GGMLType
+from ollamapy.quant.coded import coded_rows
+from ollamapy.quant.forms import CODED
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation, Routing
 from ollamapy.reference import moe as reference_moe
@@ -31,7 +33,7 @@ PACKED = frozenset(
     GGMLType[name]
     for name in "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()  # noqa: SIM905
 )
-"""Types that a matmul kernel reads."""
+"""Types whose tiles hold the file's bits."""
 
 _ABSENT = torch.empty(0)
 _NO_TILES = torch.empty(0, dtype=torch.uint8)
@@ -75,13 +77,16 @@ def prepare_precise(weight: QuantTensor, device: torch.device) -> Packed:
 
 
 def _pack(weight: QuantTensor, otherwise: GGMLType, planes: int) -> Packed:
-    """A type without a kernel of its own becomes `otherwise`, a float type."""
-    if weight.type not in PACKED:
-        values = weight.dequantize().to(torch.float16 if otherwise is GGMLType.F16 else torch.float32)
-        weight = QuantTensor(values.view(torch.uint8), otherwise, weight.shape)
+    """A type that no kernel reads becomes `otherwise`, a float type."""
+    type, data = weight.type, weight.data
+    if type in CODED:
+        data = coded_rows(weight)
+    elif type not in PACKED:
+        type = otherwise
+        data = weight.dequantize().to(torch.float16 if otherwise is GGMLType.F16 else torch.float32).view(torch.uint8)
     rows, columns = weight.shape[-2:]
-    data = kernels().pack_weight(weight.data.contiguous(), int(weight.type), columns)
-    return Packed(data, weight.type, rows, columns, 1 if weight.type in _DENSE else planes)
+    tiles = kernels().pack_weight(data.contiguous(), int(type), columns)
+    return Packed(tiles, type, rows, columns, 1 if type in _DENSE else planes)
 
 
 def embedding(token_ids: Tensor, weight: Packed) -> Tensor:

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": LEAVES | {"layers", "ops", "quant", "engine"},
     "convert": LEAVES | {"quant", "models"},
     "engine": LEAVES | {"ops"},
-    "lifecycle": LEAVES | {"engine", "models", "tokenizer", "api", "ops", "extension"},
+    "lifecycle": LEAVES | {"engine", "models", "tokenizer", "api", "ops", "extension", "quant"},
     "server": LEAVES | {"api", "chat", "lifecycle", "store", "create", "modelfile", "tokenizer", "engine", "models"},
     "cli": LEAVES | {"api", "modelfile", "server", "store"},
     "__main__": {"cli"},
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # These run in the daemon or the command line, where importing torch (1.3 s) would be felt.
 NO_TORCH = (
     *("env", "errors", "names", "modelfile", "create", "api", "store", "cli", "gguf", "chat", "tokenizer", "server"),
-    *("lifecycle", "models/__init__", "models/config", "engine/protocol"),
+    *("lifecycle", "models/__init__", "models/config", "engine/protocol", "quant/forms"),
 )
 TORCH_ALLOWED = {"lifecycle/worker.py"}
 

@@ -56,7 +56,7 @@ Tensor embedding_rows(Tensor data, int64_t type, Tensor ids) {
 // The same rows out of a packed (n, k) weight: each is put together as the file had it, then decoded.
 Tensor embedding_tiles(Tensor tiles, int64_t type, int64_t n, int64_t k, Tensor ids) {
   const MatmulKernels* m = kernels().matmul(type);
-  STD_TORCH_CHECK(m, "embedding_tiles: no kernel for tensor type ", type);
+  STD_TORCH_CHECK(m && layout(type).weights, "embedding_tiles: no kernel for tensor type ", type);
   check_type("embedding_tiles", "tiles", tiles, ScalarType::Byte, 2);
   STD_TORCH_CHECK(k > 0 && k % m->block == 0, "embedding_tiles: rows of ", k, " weights are not whole blocks of ", m->block);
   const int64_t blocks = k / m->block, bytes = blocks * m->block_bytes;

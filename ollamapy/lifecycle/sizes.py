@@ -13,6 +13,7 @@ from ollamapy.errors import NotFound
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile, TensorInfo
 from ollamapy.models.config import ModelConfig
+from ollamapy.quant.forms import CODED, packed_nbytes
 
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
@@ -50,23 +51,34 @@ def read_beside(path: Path, packed_on: Sequence[str], settings: Settings) -> Bes
 def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], settings: Settings) -> dict[str, WeightBytes]:
     """Device kind -> bytes that the weights take there once loaded.
 
-    Kernels named in `packed_on` keep matrices as the file has them, and an embedding that is the head too once; the reference
-    makes matrices float32, and the head of such a model is a second copy.
+    Kernels named in `packed_on` keep matrices as the file has them, but for some types, and an embedding that is the head too
+    once; the reference makes matrices float32, and the head of such a model is a second copy.
     """
     packs = () if settings.kernels == "reference" else packed_on
     layers = 1 + max((int(found[1]) for name in tensors if (found := _LAYER.match(name))), default=-1)
-    return {kind: _weight_bytes(tensors, layers, kind in packs) for kind in ("cpu", "cuda")}
+    return {kind: _weight_bytes(tensors, layers, kind if kind in packs else "") for kind in ("cpu", "cuda")}
 
 
-def _weight_bytes(tensors: Mapping[str, TensorInfo], num_layers: int, packed: bool) -> WeightBytes:
+def _weight_bytes(tensors: Mapping[str, TensorInfo], num_layers: int, packs: str) -> WeightBytes:
+    """`packs`: the kind of device whose kernels pack, "" for the reference."""
     layers, rest = [0] * num_layers, 0
     for name, tensor in tensors.items():
-        own = name == "token_embd.weight"
-        size = tensor.nbytes if packed or own else 4 * math.prod(tensor.shape)
-        if own and not packed and "output.weight" not in tensors:
-            size += 4 * math.prod(tensor.shape)
+        size = _matrix_bytes(tensor, packs)
+        if name == "token_embd.weight":
+            tied = "output.weight" not in tensors
+            once = packs and tensor.type not in CODED
+            size = (size if once else size + tensor.nbytes) if tied else tensor.nbytes
         if found := _LAYER.match(name):
             layers[int(found[1])] += size
         else:
             rest += size
     return WeightBytes(tuple(layers), rest)
+
+
+def _matrix_bytes(tensor: TensorInfo, packs: str) -> int:
+    """As the kernels hold it; vectors are float32 everywhere."""
+    if not packs or len(tensor.shape) < 2:
+        return 4 * math.prod(tensor.shape)
+    if packs == "cpu":
+        return packed_nbytes(tensor.type, tensor.shape)
+    return 2 * math.prod(tensor.shape) if tensor.type in CODED else tensor.nbytes

@@ -1,6 +1,7 @@
 """Decoders of the formats whose groups of weights are entries of a codebook: IQ1_S, IQ1_M, IQ2_*, IQ3_*.
 
-Same contract as `legacy`: `blocks` (n, type_size) uint8 into `out` (n, 256) float32, bit for bit as gguf-py.
+`blocks` (n, type_size) uint8 -> values (n, 256) int8 and the float32 scales (n, S) of equal runs of them; a weight is its value
+times its scale, bit for bit as gguf-py.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from ollamapy.quant.bits import half, look_up
 from ollamapy.quant.grids import GRIDS
+from ollamapy.quant.legacy import Scaled
 
-IQ1_DELTA = 0.125
+IQ1_DELTA = 0.125  # added to a grid's value or taken from it: values are eighths
 
-_SIGNS = torch.tensor([[-1.0 if byte >> bit & 1 else 1.0 for bit in range(8)] for byte in range(256)])
+_SIGNS = torch.tensor([[-1 if byte >> bit & 1 else 1 for bit in range(8)] for byte in range(256)], dtype=torch.int8)
 _EVEN_SIGNS = torch.stack([_SIGNS[index | (index.bit_count() & 1) << 7] for index in range(128)])  # 7 bits and parity
 
 
@@ -34,59 +36,56 @@ def _longs(blocks: Tensor, start: int, stop: int) -> Tensor:
     return parts[:, 0::2] | parts[:, 1::2] << 16
 
 
-def _combine(out: Tensor, scale: Tensor, grid: Tensor, signs: Tensor) -> None:
-    """scale (n, S) x grid (n, ...) x signs (n, ...), each group of 256 / S weights with its scale."""
-    groups = out.view(-1, scale.shape[1], 256 // scale.shape[1])
-    groups.copy_(grid.view_as(groups)).mul_(scale.unsqueeze(-1)).mul_(signs.view_as(groups))
+def _signed(grid: Tensor, signs: Tensor) -> Tensor:
+    return (grid.view(-1, 8) * signs.view(-1, 8)).view(-1, 256)
 
 
-def iq2_xxs(blocks: Tensor, out: Tensor) -> None:
+def iq2_xxs(blocks: Tensor) -> Scaled:
     pairs = _longs(blocks, 2, 66).view(-1, 8, 2)
     scale = half(blocks, 0) * ((pairs[..., 1] >> 28).float() + 0.5) * 0.25
     grid = look_up(GRIDS["iq2_xxs"], _fields(pairs[..., 0], 8, 0, 8, 16, 24))
-    _combine(out, scale, grid, look_up(_EVEN_SIGNS, _fields(pairs[..., 1], 7, 0, 7, 14, 21)))
+    return _signed(grid, look_up(_EVEN_SIGNS, _fields(pairs[..., 1], 7, 0, 7, 14, 21))), scale
 
 
-def iq2_xs(blocks: Tensor, out: Tensor) -> None:
+def iq2_xs(blocks: Tensor) -> Scaled:
     codes = _shorts(blocks, 2, 66)
     scale = half(blocks, 0) * (_fields(blocks[:, 66:74], 4, 0, 4).float() + 0.5) * 0.25
-    _combine(out, scale, look_up(GRIDS["iq2_xs"], codes & 511), look_up(_EVEN_SIGNS, codes >> 9))
+    return _signed(look_up(GRIDS["iq2_xs"], codes & 511), look_up(_EVEN_SIGNS, codes >> 9)), scale
 
 
-def iq2_s(blocks: Tensor, out: Tensor) -> None:
+def iq2_s(blocks: Tensor) -> Scaled:
     codes = blocks[:, 2:34].int() | _fields(blocks[:, 66:74], 2, 0, 2, 4, 6).int() << 8
     scale = half(blocks, 0) * (_fields(blocks[:, 74:82], 4, 0, 4).float() + 0.5) * 0.25
-    _combine(out, scale, look_up(GRIDS["iq2_s"], codes), look_up(_SIGNS, blocks[:, 34:66]))
+    return _signed(look_up(GRIDS["iq2_s"], codes), look_up(_SIGNS, blocks[:, 34:66])), scale
 
 
-def iq3_xxs(blocks: Tensor, out: Tensor) -> None:
+def iq3_xxs(blocks: Tensor) -> Scaled:
     packed = _longs(blocks, 66, 98)
     scale = half(blocks, 0) * ((packed >> 28).float() + 0.5) * 0.5
     signs = look_up(_EVEN_SIGNS, _fields(packed, 7, 0, 7, 14, 21))
-    _combine(out, scale, look_up(GRIDS["iq3_xxs"], blocks[:, 2:66]), signs)
+    return _signed(look_up(GRIDS["iq3_xxs"], blocks[:, 2:66]), signs), scale
 
 
-def iq3_s(blocks: Tensor, out: Tensor) -> None:
+def iq3_s(blocks: Tensor) -> Scaled:
     codes = blocks[:, 2:66].int() | _fields(blocks[:, 66:74], 1, *range(8)).int() << 8
     scale = half(blocks, 0) * (_fields(blocks[:, 106:110], 4, 0, 4).float() * 2 + 1)
-    _combine(out, scale, look_up(GRIDS["iq3_s"], codes), look_up(_SIGNS, blocks[:, 74:106]))
+    return _signed(look_up(GRIDS["iq3_s"], codes), look_up(_SIGNS, blocks[:, 74:106])), scale
 
 
-def _shifted(out: Tensor, scale: Tensor, grid: Tensor, negative: Tensor) -> None:
-    """scale x (grid +- delta): scale (n, S), negative (n, D) bool, each for its run of weights."""
-    runs = out.view(-1, negative.shape[1], 256 // negative.shape[1])
-    runs.copy_(grid.view_as(runs)).add_((negative.float() * -2 + 1).mul_(IQ1_DELTA).unsqueeze(-1))
-    out.view(-1, scale.shape[1], 256 // scale.shape[1]).mul_(scale.unsqueeze(-1))
+def _shifted(grid: Tensor, negative: Tensor) -> Tensor:
+    """8 x (grid +- delta); negative (n, D) bool, each for its run of weights."""
+    runs = (grid * 8).view(grid.shape[0], negative.shape[1], -1)
+    return runs.add_((1 - 2 * negative.to(torch.int8)).unsqueeze(-1)).view(-1, 256)
 
 
-def iq1_s(blocks: Tensor, out: Tensor) -> None:
+def iq1_s(blocks: Tensor) -> Scaled:
     high = _shorts(blocks, 34, 50)  # (n, 8): four 3-bit code tops, 3-bit scale, sign of delta
     codes = blocks[:, 2:34].int() | _fields(high, 3, 0, 3, 6, 9) << 8
     scale = half(blocks, 0) * ((high >> 12 & 7).float() * 2 + 1)
-    _shifted(out, scale, look_up(GRIDS["iq1_s"], codes), high >= 0x8000)
+    return _shifted(look_up(GRIDS["iq1_s"], codes), high >= 0x8000), scale * IQ1_DELTA
 
 
-def iq1_m(blocks: Tensor, out: Tensor) -> None:
+def iq1_m(blocks: Tensor) -> Scaled:
     scales = _shorts(blocks, 48, 56)  # (n, 4): the float16 scale hides in the four top nibbles
     tops = scales >> 12
     bits = tops[:, 0] | tops[:, 1] << 4 | tops[:, 2] << 8 | tops[:, 3] << 12
@@ -94,4 +93,4 @@ def iq1_m(blocks: Tensor, out: Tensor) -> None:
     high = _fields(blocks[:, 32:48], 4, 0, 4).int()
     codes = blocks[:, :32].int() | (high & 7) << 8
     scale = factor * (_fields(scales, 3, 0, 3, 6, 9).float() * 2 + 1)
-    _shifted(out, scale, look_up(GRIDS["iq1_s"], codes), high >= 8)
+    return _shifted(look_up(GRIDS["iq1_s"], codes), high >= 8), scale * IQ1_DELTA

@@ -13,6 +13,7 @@ from torch import Tensor
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import TYPES, GGMLType, num_elements, tensor_nbytes
 from ollamapy.quant import codebooks, kquants, legacy
+from ollamapy.quant.legacy import Scaled
 
 Decoder = Callable[[Tensor, Tensor], None]
 """Fills (n, block_size) float32 from (n, type_size) uint8."""
@@ -28,6 +29,32 @@ def _dense(dtype: torch.dtype) -> Decoder:
     return decode
 
 
+def _product(parts: Callable[[Tensor], Scaled]) -> Decoder:
+    def decode(blocks: Tensor, out: Tensor) -> None:
+        values, scales = parts(blocks)
+        runs = out.view(*scales.shape, -1)
+        runs.copy_(values.view(runs.shape)).mul_(scales.unsqueeze(-1))
+
+    return decode
+
+
+INTEGERS: dict[GGMLType, Callable[[Tensor], Scaled]] = {
+    GGMLType.NVFP4: legacy.nvfp4,
+    GGMLType.Q1_0: legacy.q1_0,
+    GGMLType.Q2_0: legacy.q2_0,
+    GGMLType.TQ1_0: kquants.tq1_0,
+    GGMLType.TQ2_0: kquants.tq2_0,
+    GGMLType.IQ1_S: codebooks.iq1_s,
+    GGMLType.IQ1_M: codebooks.iq1_m,
+    GGMLType.IQ2_XXS: codebooks.iq2_xxs,
+    GGMLType.IQ2_XS: codebooks.iq2_xs,
+    GGMLType.IQ2_S: codebooks.iq2_s,
+    GGMLType.IQ3_XXS: codebooks.iq3_xxs,
+    GGMLType.IQ3_S: codebooks.iq3_s,
+}
+"""Types of few values: (n, type_size) uint8 -> (n, block_size) int8 and float32 scales (n, S) of equal runs; their products are
+the weights."""
+
 DEQUANT: dict[GGMLType, Decoder] = {
     GGMLType.F32: _dense(torch.float32),
     GGMLType.F16: _dense(torch.float16),
@@ -40,24 +67,13 @@ DEQUANT: dict[GGMLType, Decoder] = {
     GGMLType.Q8_0: legacy.q8_0,
     GGMLType.IQ4_NL: legacy.iq4_nl,
     GGMLType.MXFP4: legacy.mxfp4,
-    GGMLType.NVFP4: legacy.nvfp4,
-    GGMLType.Q1_0: legacy.q1_0,
-    GGMLType.Q2_0: legacy.q2_0,
     GGMLType.Q2_K: kquants.q2_k,
     GGMLType.Q3_K: kquants.q3_k,
     GGMLType.Q4_K: kquants.q4_k,
     GGMLType.Q5_K: kquants.q5_k,
     GGMLType.Q6_K: kquants.q6_k,
     GGMLType.IQ4_XS: kquants.iq4_xs,
-    GGMLType.TQ1_0: kquants.tq1_0,
-    GGMLType.TQ2_0: kquants.tq2_0,
-    GGMLType.IQ1_S: codebooks.iq1_s,
-    GGMLType.IQ1_M: codebooks.iq1_m,
-    GGMLType.IQ2_XXS: codebooks.iq2_xxs,
-    GGMLType.IQ2_XS: codebooks.iq2_xs,
-    GGMLType.IQ2_S: codebooks.iq2_s,
-    GGMLType.IQ3_XXS: codebooks.iq3_xxs,
-    GGMLType.IQ3_S: codebooks.iq3_s,
+    **{type: _product(parts) for type, parts in INTEGERS.items()},
 }
 
 

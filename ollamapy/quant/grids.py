@@ -123,11 +123,11 @@ m8F=a1*Q?E7N#1eA*Lm!M5acjN~Th#Ri;*^Sf*g6Vy1?skfxQUmZq7ep{As!rltU>0;mY63aB8cBB&^+
 
 
 def _grid(text: str, values: tuple[int, ...], width: int) -> Tensor:
-    """(entries, width) float32."""
+    """(entries, width) int8."""
     bits = 16 // width  # 2 bits per weight in books of 8, 4 in books of 4
     packed = torch.frombuffer(bytearray(base64.b85decode(text)), dtype=torch.uint8).unsqueeze(-1)
     numbers = (packed >> torch.arange(0, 8, bits, dtype=torch.uint8)) & ((1 << bits) - 1)
-    return torch.tensor(values, dtype=torch.float32)[numbers.flatten().long()].view(-1, width)
+    return torch.tensor(values, dtype=torch.int8)[numbers.flatten().long()].view(-1, width)
 
 
 _THIRDS = (0x08, 0x19, 0x2B)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ollamapy.quant.bits import as_bytes, bit_planes, crumbs, half, look_up, nibbles, words
-from ollamapy.quant.legacy import IQ4_PAIRS
+from ollamapy.quant.legacy import IQ4_PAIRS, Scaled
 
 
 def _shifts(blocks: Tensor, *amounts: int) -> Tensor:
@@ -78,7 +78,7 @@ def iq4_xs(blocks: Tensor, out: Tensor) -> None:
     out.view(-1, 8, 32).mul_((half(blocks, 0) * scales.float()).unsqueeze(-1))
 
 
-def tq1_0(blocks: Tensor, out: Tensor) -> None:
+def tq1_0(blocks: Tensor) -> Scaled:
     """Five ternary digits in a byte, as a fraction of 243; 32-, 16- and 4-byte runs, then the last 4 digits each."""
     powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=blocks.device).view(1, 5, 1)
     parts = [
@@ -86,8 +86,8 @@ def tq1_0(blocks: Tensor, out: Tensor) -> None:
         for start, stop, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4))
     ]
     digits = (torch.cat(parts, dim=1).to(torch.int16) * 3 >> 8) - 1
-    out.copy_(digits).mul_(half(blocks, 52))
+    return digits.to(torch.int8), half(blocks, 52)
 
 
-def tq2_0(blocks: Tensor, out: Tensor) -> None:
-    out.copy_(as_bytes(crumbs(words(blocks, 0, 64), 2), 256).view(torch.int8).sub_(1)).mul_(half(blocks, 64))
+def tq2_0(blocks: Tensor) -> Scaled:
+    return as_bytes(crumbs(words(blocks, 0, 64), 2), 256).view(torch.int8).sub_(1), half(blocks, 64)

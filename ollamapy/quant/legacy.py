@@ -1,7 +1,8 @@
 """Decoders of the formats with one small block and one scale: Q4_0 to Q8_0, IQ4_NL, MXFP4, NVFP4, Q1_0, Q2_0.
 
 A decoder fills `out` (n, block_size) float32 from `blocks` (n, type_size) uint8. The order of the float operations is
-that of gguf-py and ggml, so results are equal to theirs bit for bit. Layouts: ggml's `ggml-common.h`.
+that of gguf-py and ggml, so results are equal to theirs bit for bit. Layouts: ggml's `ggml-common.h`. NVFP4, Q1_0 and Q2_0 tell
+values and scales apart, as `codebooks` does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 FP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # e2m1, doubled
 
 
+Scaled = tuple[Tensor, Tensor]
+
+
 def _pairs(values: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Tables from a whole byte to the value of its low and of its high nibble."""
     low = torch.tensor([values[byte & 15] for byte in range(256)], dtype=torch.float32)
@@ -24,6 +28,7 @@ def _pairs(values: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 IQ4_PAIRS = _pairs(IQ4_VALUES)
 FP4_PAIRS = _pairs(FP4_VALUES)
+FP4_PAIRS_8 = torch.stack(FP4_PAIRS, 1).to(torch.int8)  # (256, 2)
 
 
 def _e8m0_halved(byte: int) -> float:
@@ -79,18 +84,16 @@ def mxfp4(blocks: Tensor, out: Tensor) -> None:
     out.mul_(look_up(E8M0_SCALES, blocks[:, :1]))
 
 
-def nvfp4(blocks: Tensor, out: Tensor) -> None:
-    groups, packed = out.view(-1, 4, 2, 8), blocks[:, 4:36].reshape(-1, 4, 8)
-    for side, table in enumerate(FP4_PAIRS):
-        groups[:, :, side] = look_up(table, packed)
-    out.view(-1, 4, 16).mul_(look_up(UE4M3_SCALES, blocks[:, :4]).unsqueeze(-1))
+def nvfp4(blocks: Tensor) -> Scaled:
+    values = look_up(FP4_PAIRS_8, blocks[:, 4:36]).view(-1, 4, 8, 2).transpose(2, 3).reshape(-1, 64)
+    return values, look_up(UE4M3_SCALES, blocks[:, :4])
 
 
-def q1_0(blocks: Tensor, out: Tensor) -> None:
+def q1_0(blocks: Tensor) -> Scaled:
     signs = spread_bits(blocks[:, 2:18], 2)  # 2 or 0: minus 1 gives the sign
-    out.copy_(as_bytes(signs, 128).view(torch.int8).sub_(1)).mul_(half(blocks, 0))
+    return as_bytes(signs, 128).view(torch.int8).sub_(1), half(blocks, 0)
 
 
-def q2_0(blocks: Tensor, out: Tensor) -> None:
+def q2_0(blocks: Tensor) -> Scaled:
     fields = blocks[:, 2:18].unsqueeze(-1) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)
-    out.copy_((fields & 3).view(-1, 64).view(torch.int8).sub_(1)).mul_(half(blocks, 0))
+    return (fields & 3).view(-1, 64).view(torch.int8).sub_(1), half(blocks, 0)

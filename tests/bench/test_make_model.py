@@ -17,7 +17,7 @@ from ollamapy.quant.tensor import QuantTensor
 from ollamapy.tokenizer import Tokenizer
 
 TINY = SHAPES["tiny"]
-MIXES = ("Q4_K_M", "Q6_K", "Q8_0", "Q4_0")
+MIXES = ("Q4_K_M", "Q6_K", "Q8_0", "Q4_0", "IQ2_XXS")
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -231,19 +231,28 @@ def test_weight_bytes() -> None:
     def info(name: str, shape: tuple[int, ...], nbytes: int) -> TensorInfo:
         return TensorInfo(name, GGMLType.Q4_0, shape, nbytes, 0, 0)
 
-    embedding, output = info("token_embd.weight", (100, 64), 3600), info("output.weight", (100, 64), 3600)
+    embedding, output = info("token_embd.weight", (96, 64), 3456), info("output.weight", (96, 64), 3456)
     linear = info("blk.0.attn_q.weight", (64, 64), 2304)
     untied = {each.name: each for each in (embedding, output, linear)}
     tied = {each.name: each for each in (embedding, linear)}
-    layer, dense = WeightBytes((2304,), 3600 + 3600), WeightBytes((4 * 4096,), 3600 + 4 * 6400)
-    once = WeightBytes((2304,), 3600)  # kernels that pack hold a tied embedding once
+    layer, dense = WeightBytes((2304,), 3456 + 3456), WeightBytes((4 * 4096,), 3456 + 4 * 6144)
+    once = WeightBytes((2304,), 3456)  # kernels that pack hold a tied embedding once
     assert weight_bytes(tied, ("cpu", "cuda"), Settings()) == {"cpu": once, "cuda": once}
     assert weight_bytes(untied, ("cpu", "cuda"), Settings()) == {"cpu": layer, "cuda": layer}
-    assert layer.total == 3600 + 3600 + 2304
+    assert layer.total == 3456 + 3456 + 2304
     for tensors, packed in ((untied, layer), (tied, once)):  # a tied embedding is a matrix too
         assert weight_bytes(tensors, ("cuda",), Settings()) == {"cpu": dense, "cuda": packed}
         assert weight_bytes(tensors, (), Settings()) == {"cpu": dense, "cuda": dense}
         assert weight_bytes(tensors, ("cpu", "cuda"), Settings(kernels="reference")) == {"cpu": dense, "cuda": dense}
+
+
+def test_types_in_another_form_are_counted_as_they_will_lie() -> None:
+    """6 bits a weight on the CPU for IQ1_M, rows filled up to 16; bfloat16 on a GPU. Vectors are float32."""
+    matrix = TensorInfo("blk.0.attn_q.weight", GGMLType.IQ1_M, (100, 256), 100 * 56, 0, 0)
+    vector = TensorInfo("blk.0.attn_norm.weight", GGMLType.F16, (256,), 512, 0, 0)
+    found = weight_bytes({each.name: each for each in (matrix, vector)}, ("cpu", "cuda"), Settings())
+    assert found["cpu"] == WeightBytes((112 * 256 * 6 // 8 + 1024,), 0)
+    assert found["cuda"] == WeightBytes((100 * 256 * 2 + 1024,), 0)
 
 
 def test_the_device_decides_what_the_weights_take() -> None:

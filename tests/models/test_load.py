@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -11,9 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import make_model
 from ollamapy import ops
+from ollamapy.env import Settings
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.reader import GGUFFile
+from ollamapy.gguf.types import GGMLType, tensor_nbytes
+from ollamapy.gguf.writer import write_gguf
+from ollamapy.lifecycle.sizes import weight_bytes
 from ollamapy.models.decoder import Decoder
 from ollamapy.models.load import load_model
 from tests.models.paged import Paged
@@ -199,3 +205,17 @@ def test_rotary_table_grows(llama: File, tmp_path: Path) -> None:
     torch.testing.assert_close(cos[:, 0, ::2].double(), angles.cos(), atol=5e-4, rtol=0)  # float32 angles of up to 5000
     torch.testing.assert_close(sin[:, 0, 1::2].double(), angles.sin(), atol=5e-4, rtol=0)
     assert torch.equal(sin[:, 0, ::2], -sin[:, 0, 1::2])
+
+
+@pytest.mark.parametrize("types", [("IQ2_XXS", "IQ1_M", "Q4_K"), ("F16", "TQ2_0", "IQ3_S"), ("Q6_K", "NVFP4", "IQ2_S")])
+def test_placement_counts_what_is_loaded(types: tuple[str, str, str], tmp_path: Path) -> None:
+    """Types that the CPU kernels hold in another form take more than in the file; rows are filled up to 16."""
+    shape, sources = make_model.SHAPES["tiny"], []
+    for index, (name, kind, size, _) in enumerate(make_model.tensors(shape, "Q8_0")):
+        type = GGMLType[types[index % 3]] if len(size) > 1 else kind
+        sources.append((name, type, size, functools.partial(bytes, tensor_nbytes(type, size))))
+    write_gguf(tmp_path / "mixed.gguf", make_model.metadata(shape, "Q8_0"), sources)
+    with GGUFFile.open(tmp_path / "mixed.gguf") as file:
+        counted = weight_bytes(file.tensors, ("cpu",), Settings())["cpu"].total
+        model = load_model(file, torch.device("cpu"))
+    assert model.weight_bytes <= counted <= 1.03 * model.weight_bytes

@@ -19,6 +19,7 @@ from ollamapy.layers.spec import AttentionSpec, ExpertsSpec, FeedForwardSpec, La
 from ollamapy.quant.tensor import QuantTensor
 from tests.models.paged import make_batch
 from tests.ops.tensors import float32
+from tests.quant.test_dequant import random_blocks
 
 CPU = torch.device("cpu")
 LENGTH, FEED, LAYERS = 64, 96, 3
@@ -66,14 +67,16 @@ ATTENTION: dict[str, dict[str, Any]] = {
 class Layers:
     """Decoder blocks with random weights, run either way over caches of their own."""
 
-    def __init__(self, specs: list[LayerSpec], type: GGMLType, precise: bool = False) -> None:
+    def __init__(self, specs: list[LayerSpec], type: GGMLType | dict[str, GGMLType], precise: bool = False) -> None:
+        """`type`: of the matrices, or of each by its name, the others being Q8_0."""
         generator = torch.Generator().manual_seed(0)
         ops.choose(CPU, precise=precise)
         self.blocks = [DecoderBlock(spec, i) for i, spec in enumerate(specs)]
         for block in self.blocks:
-            for _, layer, key, declared in declared_tensors(block):
+            for path, layer, key, declared in declared_tensors(block):
                 values = torch.randn(declared.shape, generator=generator) / declared.shape[-1] ** 0.5
-                value = quantized(values, type) if declared.use == "linear" else float32(values + (key == "weight"))
+                own = type.get(path.split(".")[-2], GGMLType.Q8_0) if isinstance(type, dict) else type
+                value = quantized(values, own) if declared.use == "linear" else float32(values + (key == "weight"))
                 layer.load(key, ops.prepare(value, CPU, declared.use))
         ropes = list(dict.fromkeys(block.spec.attention.rope for block in self.blocks))
         interleaved = specs[0].attention.interleaved_rope
@@ -102,11 +105,21 @@ def temperature(batch: Batch) -> Tensor:
 
 
 def quantized(values: Tensor, type: GGMLType) -> QuantTensor:
-    """The values in a type that is easily made: F32, F16 or Q8_0."""
+    """The values in a type that is easily made: F32, F16, Q2_0 or Q8_0. Of NVFP4 other values of their size."""
     if type is GGMLType.F32:
         return float32(values)
     if type is GGMLType.F16:
         return QuantTensor(values.half().view(torch.uint8), type, tuple(values.shape))
+    if type is GGMLType.NVFP4:
+        blocks = torch.from_numpy(random_blocks(type, values.numel() // 64))
+        blocks[:, :4] = 0x10  # 2^-6, of halves up to 12
+        return QuantTensor(blocks.view(*values.shape[:-1], -1), type, tuple(values.shape))
+    if type is GGMLType.Q2_0:
+        groups = values.view(-1, 64)
+        scale = (groups.abs().amax(1, keepdim=True) / 2).half()
+        codes = ((groups / scale.float()).round().clamp(-1, 2) + 1).to(torch.uint8).view(-1, 16, 4)
+        blocks = torch.cat((scale.view(torch.uint8), (codes << torch.tensor([0, 2, 4, 6])).sum(-1).to(torch.uint8)), 1)
+        return QuantTensor(blocks.view(*values.shape[:-1], -1), type, tuple(values.shape))
     groups = values.view(-1, 32)
     scale = (groups.abs().amax(1, keepdim=True) / 127).half()
     quants = (groups / scale.float()).round().to(torch.int8)
@@ -169,7 +182,8 @@ def check_quantized() -> float:
         for post_norms, fused_gate in ((False, False), (True, True)):
             spec = spec_of(name, "gelu_tanh", post_norms, fused_gate)
             worst = max(worst, _steps(Layers([spec] * LAYERS, GGMLType.Q8_0), bound, name))
-    return worst
+    few = {"attn_k": GGMLType.Q2_0, "attn_v": GGMLType.NVFP4, "ffn_up": GGMLType.Q2_0}  # beside Q8_0 on the same rows
+    return max(worst, _steps(Layers([spec_of("plain")] * LAYERS, few), bound, "types of few values"))
 
 
 EXPERTS = {

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ollamapy import cpu_kernels, reference
 from ollamapy.gguf.types import TYPES, GGMLType
+from ollamapy.quant.coded import coded_rows
 from ollamapy.quant.dequant import dequantize
+from ollamapy.quant.forms import CODED, packed_nbytes
 from ollamapy.quant.tensor import QuantTensor
 from tests.quant.test_dequant import HALVES, random_blocks
 
 CPU = torch.device("cpu")
 DENSE = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-QUANTIZED = sorted(cpu_kernels.PACKED - set(DENSE))
+TYPES_HELD = sorted(cpu_kernels.PACKED | set(CODED))
+QUANTIZED = sorted(set(TYPES_HELD) - set(DENSE))
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 33, 130)
 ROUNDING = 2.0**-24  # of one float32 operation
 
@@ -35,7 +38,7 @@ def columns(type: GGMLType) -> tuple[int, ...]:
     """Blocks of a row: one, a few, and across the edge of a panel of 512."""
     if type in DENSE:
         return (1, 7, 33, 100)
-    return (1, 2, 3, 17) if TYPES[type].block_size == 32 else (1, 2, 3)
+    return (1, 2, 3, 17) if TYPES[type].block_size <= 64 else (1, 2, 3)
 
 
 def activations(rows: int, width: int, seed: int = 0) -> Tensor:
@@ -88,23 +91,29 @@ def rounding_bound(weight: QuantTensor, seen: Tensor) -> Tensor:
     return (operations + 6) * ROUNDING * (seen.abs() @ spread(weight).T) + 1e-37
 
 
+def rows_held(weight: QuantTensor) -> Tensor:
+    """What is packed: rows as in the file, or of few values."""
+    return coded_rows(weight) if weight.type in CODED else weight.data
+
+
 def check_pack() -> None:
     ops = cpu_kernels.kernels()
-    for type in sorted(cpu_kernels.PACKED):
+    for type in TYPES_HELD:
         for rows in (1, 15, 16, 17, 37):
             for blocks in columns(type):
                 weight = make_weight(type, rows, blocks)
-                tiles = ops.pack_weight(weight.data, int(type), weight.shape[1])
-                assert tiles.shape == (-(-rows // 16), 16 * weight.data.shape[1])
+                data = rows_held(weight)
+                tiles = ops.pack_weight(data, int(type), weight.shape[1])
+                assert tiles.shape == (-(-rows // 16), 16 * data.shape[1])
                 back = ops.unpack_weight(tiles, int(type), rows, weight.shape[1])
-                assert torch.equal(back, weight.data), (type.name, rows, blocks)
-        experts = torch.stack([make_weight(type, 17, 2, seed).data for seed in range(3)])
+                assert torch.equal(back, data), (type.name, rows, blocks)
+        experts = torch.stack([rows_held(make_weight(type, 17, 2, seed)) for seed in range(3)])
         together = ops.pack_weight(experts, int(type), 2 * TYPES[type].block_size)
         apart = [ops.pack_weight(expert, int(type), 2 * TYPES[type].block_size) for expert in experts]
         assert torch.equal(together, torch.stack(apart)), type.name
         weight = make_weight(type, 1000, 3)
         packed = cpu_kernels.prepare_linear(weight, CPU)
-        assert weight.nbytes <= packed.data.numel() <= 1.03 * weight.nbytes
+        assert packed.data.numel() == packed_nbytes(type, weight.shape) <= 1.03 * rows_held(weight).numel()
 
 
 def check_rows() -> None:
@@ -132,7 +141,7 @@ def _share(got: Tensor, expected: Tensor, bound: Tensor) -> float:
 def check_values() -> dict[str, tuple[float, float]]:
     """Type -> largest error as a share of the rounding bound, and of the int8 bound to float activations."""
     worst: dict[str, tuple[float, float]] = {}
-    for weight, packed in _cases(sorted(cpu_kernels.PACKED)):
+    for weight, packed in _cases(TYPES_HELD):
         x = activations(130, weight.shape[1])
         dense = weight.type in DENSE
         seen = x.double() if dense else int8_activations(x)
@@ -162,7 +171,7 @@ def check_precise() -> dict[str, float]:
     and what the planes leave of an activation: half a step of the last, 2^-24 of the group's largest, and two roundings."""
     worst: dict[str, float] = {}
     for type in QUANTIZED:
-        weight = make_weight(type, 37, 3 if TYPES[type].block_size == 256 else 17)
+        weight = make_weight(type, 37, 17 if TYPES[type].block_size == 32 else 3)
         packed = cpu_kernels.prepare_precise(weight, CPU)
         assert packed.planes == cpu_kernels.PLANES
         x = activations(40, weight.shape[1])
@@ -185,7 +194,7 @@ def check_precise() -> dict[str, float]:
 
 def check_rows_are_alone() -> None:
     """A row's bits are the same alone, in any batch, beside anything, on any number of threads."""
-    for weight, packed in _cases(sorted(cpu_kernels.PACKED)):
+    for weight, packed in _cases(TYPES_HELD):
         x = activations(130, weight.shape[1], seed=1)
         whole = cpu_kernels.linear(x, packed)
         for rows in ROWS:
@@ -202,7 +211,7 @@ def check_rows_are_alone() -> None:
 
 def check_bad_numbers() -> None:
     """Infinities and NaN in a row of x make that row NaN (or infinite), and touch no other."""
-    for weight, packed in _cases(sorted(cpu_kernels.PACKED)):
+    for weight, packed in _cases(TYPES_HELD):
         x = activations(9, weight.shape[1], seed=2)
         whole = cpu_kernels.linear(x, packed)
         for bad in (torch.nan, torch.inf, -torch.inf):

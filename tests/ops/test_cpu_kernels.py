@@ -60,7 +60,7 @@ def _tiles(csrc: Any) -> Tensor:
     ("call", "problem"),
     [
         (lambda o, t: o.pack_weight(ROWS, 99, 64), "pack_weight: no kernel for tensor type 99"),
-        (lambda o, t: o.pack_weight(ROWS, 16, 256), "pack_weight: no kernel for tensor type 16"),
+        (lambda o, t: o.pack_weight(ROWS, 28, 256), "pack_weight: no kernel for tensor type 28"),
         (lambda o, t: o.pack_weight(ROWS, Q8, 63), "pack_weight: rows of 63 weights are not whole blocks of 32"),
         (lambda o, t: o.pack_weight(ROWS, Q8, 0), "pack_weight: rows of 0 weights"),
         (lambda o, t: o.pack_weight(ROWS, Q8, -32), "pack_weight: rows of -32 weights"),
@@ -82,6 +82,7 @@ def _tiles(csrc: Any) -> Tensor:
         (lambda o, t: o.linear(X, t, Q8, 20, torch.zeros(19)), r"linear: bias is not a contiguous \(20\)"),
         (lambda o, t: o.linear(X, t, Q8, 20, torch.zeros(20).double()), "linear: bias has the wrong dtype"),
         (lambda o, t: o.embedding_tiles(t, 99, 20, 64, IDS), "embedding_tiles: no kernel for tensor type 99"),
+        (lambda o, t: o.embedding_tiles(t, 16, 20, 64, IDS), "embedding_tiles: no kernel for tensor type 16"),
         (lambda o, t: o.embedding_tiles(t, Q8, 20, 63, IDS), "embedding_tiles: rows of 63 weights are not whole blocks"),
         (lambda o, t: o.embedding_tiles(t, Q8, 20, 0, IDS), "embedding_tiles: rows of 0 weights"),
         (lambda o, t: o.embedding_tiles(t, Q8, 33, 64, IDS), "embedding_tiles: tiles have another shape"),

@@ -2,6 +2,7 @@
 #include "../decoder.h"
 #include "families.h"
 
+#include "coded.h"
 #include "dense.h"
 #include "matmul.h"
 #include "pack.h"
@@ -12,6 +13,10 @@ namespace {
 template <class T>
 constexpr MatmulKernels quantized() {
   return {pack_tiles<T>, unpack_row<T>, matmul_tiles<T>, T::kBlock, T::kBlockBytes, false};
+}
+template <class T>
+constexpr MatmulKernels coded() {
+  return {pack_coded<T>, unpack_coded<T>, matmul_tiles<T>, T::kBlock, T::kBlockBytes, false};
 }
 template <class T>
 constexpr MatmulKernels dense() {
@@ -31,6 +36,9 @@ const MatmulKernels* matmul_kernels(int64_t type) {
     X(2, Q4_0, quantized) X(3, Q4_1, quantized) X(6, Q5_0, quantized) X(7, Q5_1, quantized) X(8, Q8_0, quantized)
     X(10, Q2_K, quantized) X(11, Q3_K, quantized) X(12, Q4_K, quantized) X(13, Q5_K, quantized) X(14, Q6_K, quantized)
     X(20, IQ4_NL, quantized) X(23, IQ4_XS, quantized) X(39, MXFP4, quantized)
+    X(16, IQ2Per32, coded) X(17, IQ2Per16, coded) X(22, IQ2Per16, coded) X(18, IQ3Per32, coded) X(21, OddPer32, coded)
+    X(19, OddPer32, coded) X(29, OddPer16, coded) X(34, FP4Per32, coded) X(35, FP4Per32, coded) X(40, FP4Per16, coded)
+    X(41, OddPer32, coded) X(42, FP4Per32, coded)
 #undef X
   }
   return nullptr;

@@ -24,7 +24,9 @@ INLINE F e8m0_half(const uint8_t* e) {  // 2^(e - 128): half the e8m0 value, bec
 template <class T>
 INLINE GroupScales group_scales(const uint8_t* s, int g) {
   GroupScales out;
-  if constexpr (std::is_same_v<T, MXFP4>) out.scale[0] = e8m0_half(s);
+  if constexpr (T::kFloatScales)
+    for (int h = 0; h < (T::kHalves ? 2 : 1); h++) out.scale[h] = load((const float*)s + 16 * h);
+  else if constexpr (std::is_same_v<T, MXFP4>) out.scale[0] = e8m0_half(s);
   else if constexpr (T::kBlock == 32) {
     out.scale[0] = load_half(s);
     if constexpr (T::kMin) out.min[0] = load_half(s + 32);

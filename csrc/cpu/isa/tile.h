@@ -33,7 +33,7 @@ struct Layout {
   static constexpr int kBlockGroups = block / 32, kGroupBytes = 64 * kGroupVectors;
   static constexpr int kChunkBytes = kChunkGroups / kBlockGroups * 16 * block_bytes;      // of a whole chunk
   static constexpr bool kWide = base_bits == 8;
-  static constexpr bool kTable = false;
+  static constexpr bool kTable = false, kFloatScales = false;
 };
 struct Q4_0 : Layout<4, 0, 3, false, false, 32, 18> {};
 struct Q4_1 : Layout<4, 0, -1, true, false, 32, 20> {};
@@ -45,14 +45,17 @@ struct Q3_K : Layout<2, 1, 2, false, true, 256, 110> {};
 struct Q4_K : Layout<4, 0, -1, true, false, 256, 144> {};
 struct Q5_K : Layout<4, 1, -1, true, false, 256, 176> {};
 struct Q6_K : Layout<4, 2, 5, false, true, 256, 210> {};
-struct IQ4_NL : Layout<4, 0, 7, false, false, 32, 18> { static constexpr bool kTable = true, kWide = true; };
-struct IQ4_XS : Layout<4, 0, 7, false, false, 256, 136> { static constexpr bool kTable = true, kWide = true; };
-struct MXFP4 : Layout<4, 0, 4, false, false, 32, 17> { static constexpr bool kTable = true; };
-
 alignas(16) constexpr uint8_t kTableIQ4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};  // +128
 alignas(16) constexpr uint8_t kTableMXFP4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};           // +16
 
-template <class T> INLINE const uint8_t* table() { return std::is_same_v<T, MXFP4> ? kTableMXFP4 : kTableIQ4; }
+template <const uint8_t* values, bool wide, class L>
+struct Looked : L {
+  static constexpr bool kTable = true, kWide = wide;
+  static INLINE const uint8_t* table() { return values; }
+};
+struct IQ4_NL : Looked<kTableIQ4, true, Layout<4, 0, 7, false, false, 32, 18>> {};
+struct IQ4_XS : Looked<kTableIQ4, true, Layout<4, 0, 7, false, false, 256, 136>> {};
+struct MXFP4 : Looked<kTableMXFP4, false, Layout<4, 0, 4, false, false, 32, 17>> {};
 
 // Where a chunk keeps the parts of its groups.
 template <class T>
@@ -81,7 +84,7 @@ INLINE void unpack_group(const uint8_t* q, B out[8]) {
       out[i + 4] = high_nibbles(v);
     }
     if constexpr (T::kTable)
-      for (int i = 0; i < 8; i++) out[i] = lookup(out[i], table<T>());
+      for (int i = 0; i < 8; i++) out[i] = lookup(out[i], T::table());
     if constexpr (T::kExtra == 1) {
       const B h = load_bytes(q + 256);
       out[0] = either(out[0], field_to<0, 1, 4>(h)); out[1] = either(out[1], field_to<1, 1, 4>(h));

@@ -1,0 +1,58 @@
+"""The types that the CPU kernels do not hold with the file's bits, and what they take. Tables only: placement reads them too.
+
+A weight of such a type is one of at most 16 integers times a scale: it takes 4 bits, and a float32 scale for each 32 or 16
+(csrc/cpu/isa/coded.h).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ollamapy.gguf.types import GGMLType, tensor_nbytes
+
+GROUP = 32  # weights of a block of a form
+TILE_ROWS = 16
+
+_ODD = tuple(range(-15, 16, 2))
+_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_IQ2 = (8, 25, 43, -8, -25, -43)
+_IQ3 = (4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62)
+
+
+class Form(NamedTuple):
+    """`values` by number; `scales` of each 32 weights."""
+
+    values: tuple[int, ...]
+    scales: int
+
+    @property
+    def block_bytes(self) -> int:
+        return 4 * self.scales + GROUP // 2
+
+
+CODED: dict[GGMLType, Form] = {
+    GGMLType.IQ1_S: Form(_ODD, 1),
+    GGMLType.IQ1_M: Form(_ODD, 2),
+    GGMLType.IQ2_XXS: Form(_IQ2, 1),
+    GGMLType.IQ2_XS: Form(_IQ2, 2),
+    GGMLType.IQ2_S: Form(_IQ2, 2),
+    GGMLType.IQ3_XXS: Form(_IQ3, 1),
+    GGMLType.IQ3_S: Form(_ODD, 1),
+    GGMLType.TQ1_0: Form(_FP4, 1),
+    GGMLType.TQ2_0: Form(_FP4, 1),
+    GGMLType.NVFP4: Form(_FP4, 2),
+    GGMLType.Q1_0: Form(_ODD, 1),
+    GGMLType.Q2_0: Form(_FP4, 1),
+}
+
+
+def packed_nbytes(type: GGMLType, shape: Sequence[int]) -> int:
+    """Bytes of a matrix, or of several, (..., rows, columns), in tiles of 16 rows."""
+    *leading, rows, columns = shape
+    rows = -(-rows // TILE_ROWS) * TILE_ROWS
+    if type in CODED:
+        return math.prod(leading) * rows * columns // GROUP * CODED[type].block_bytes
+    kept = GGMLType.F16 if type is GGMLType.F64 else type  # the one type without a kernel
+    return tensor_nbytes(kept, (*leading, rows, columns))
