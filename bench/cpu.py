@@ -1,9 +1,12 @@
-"""Our engine beside llama.cpp on a CPU: same file, same threads, in turn. Prints a table and a JSON line; saves JSON and PNG.
+"""Our engine beside llama.cpp and vLLM on a CPU: same file, same threads, in turn.
+
+Prints a table and a JSON line; saves JSON and PNG.
 
     python -m bench.cpu [--models smollm2,gemma3,...] [--short] [--into bench/results/cpu.json]
 
-llama.cpp's tools are taken from the folder LLAMA_CPP_BIN, vLLM servers from VLLM_URL (see vllm.py); without them only our own
-columns are filled. Every measurement is a process of its own. `--into` adds to a report that is there, so that files can be
+llama.cpp's tools are taken from the folder LLAMA_CPP_BIN; vLLM is the program VLLM, with the same weights in bf16 in the
+transformers folders VLLM_MODELS="smollm2=folder,gemma3=folder". A peer that is not there has no turn. Every measurement is a
+process of its own. `--into` adds to a report that is there, so that files can be
 measured in several sittings.
 """
 
@@ -15,12 +18,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import figures, llama_cpp, machine, plot, starts, table, vllm
+from bench import figures, llama_cpp, machine, plot, servers, starts, table, vllm
 from bench.figures import Samples, Work
 from bench.llama_cpp import PeerError
 from bench.make_model import SHAPES, make
@@ -33,8 +36,10 @@ RESULTS = Path(__file__).parent / "results"
 OURS = "ollamapy"
 GOLDEN = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 Say = Callable[[str], None]
+Peer = Callable[[Sequence[Work]], list[Samples]]
 RANDOM = {f"llama-1b-{mix.lower()}": mix for mix in ("Q4_K_M", "Q6_K", "Q8_0", "Q4_0")}
 MODELS = (*GOLDEN, *RANDOM)
+TURNS = {"A": OURS, "B": llama_cpp.NAME, "C": vllm.NAME}
 
 
 def model_path(name: str, folder: Path) -> Path:
@@ -56,39 +61,55 @@ def run_ours(path: Path, work: Work, golden_name: str = "") -> dict[str, Any]:
     return found
 
 
-def peers_of(name: str, path: Path) -> dict[str, Callable[[Work], Samples]]:
-    """What the environment names: llama.cpp's folder of tools, vLLM servers of this model."""
-    found: dict[str, Callable[[Work], Samples]] = {}
-    folder, url = os.environ.get("LLAMA_CPP_BIN"), vllm.addresses().get(name)
-    if folder:
-        found[llama_cpp.NAME] = lambda work: llama_cpp.measure(Path(folder), path, work)
-    if url:
-        found[vllm.NAME] = lambda work: vllm.measure(url, work) if work.threads > 1 else {}
+def peers_of(name: str, path: Path, threads: int) -> dict[str, Peer]:
+    """Who is here, of llama.cpp and vLLM."""
+    found: dict[str, Peer] = {}
+    tools, program, folder = os.environ.get("LLAMA_CPP_BIN"), os.environ.get("VLLM"), servers.vllm_folders().get(name)
+    if tools:
+        found[llama_cpp.NAME] = lambda works: [llama_cpp.measure(Path(tools), path, work) for work in works]
+    if program and folder:
+
+        def ask(works: Sequence[Work]) -> list[Samples]:
+            with servers.vllm(Path(program), folder, path, threads) as running:
+                return [vllm.measure(running.url, work) for work in works if work.threads == threads]
+
+        found[vllm.NAME] = ask
     return found
 
 
 class Sitting:
     """One model's measurements. A peer that fails is left out from then on, and the report says why."""
 
-    def __init__(self, name: str, path: Path, quiet: Quiet, say: Say) -> None:
-        self.name, self.path, self.quiet, self.say = name, path, quiet, say
-        self.peers = peers_of(name, path)
+    def __init__(self, name: str, path: Path, threads: int, quiet: Quiet, say: Say) -> None:
+        self.name, self.path, self.threads, self.quiet, self.say = name, path, threads, quiet, say
+        self.peers = peers_of(name, path, threads)
         self.samples: dict[str, list[Samples]] = {OURS: []}
         self.starts: dict[str, starts.Start] = {}
         self.failures: dict[str, str] = {}
         self.facts: dict[str, Any] = {}
 
-    def turn(self, engine: str, work: Work) -> None:
-        start = time.perf_counter()
-        if engine == OURS:
-            wants_kl = GOLDEN.get(self.name, "") if not self.facts else ""
-            found = self.quiet.run(lambda: run_ours(self.path, work, wants_kl))
-            self.samples[OURS].append(found.pop("samples"))
-            self.facts = {**found, **self.facts}
-        else:
-            into = self.samples.setdefault(engine, [])
-            self.ask(engine, lambda: into.append(self.quiet.run(lambda: self.peers[engine](work))))
-        self.say(f"  {self.name}, {engine}, {', '.join(work.columns)}: {time.perf_counter() - start:.0f} s")
+    def turn(self, engine: str, works: Sequence[Work]) -> None:
+        """One start of vLLM, which takes a minute, serves all works; the others start for each."""
+        for group in [works] if engine == vllm.NAME else [[work] for work in works]:
+            start = time.perf_counter()
+            if engine == OURS:
+                self._ours(group[0])
+            elif engine in self.peers:
+                self._peer(engine, group)
+            else:
+                return self.say(f"  {self.name}: {engine} is not here")
+            columns = ", ".join(column for work in group for column in work.columns)
+            self.say(f"  {self.name}, {engine}, {columns}: {time.perf_counter() - start:.0f} s")
+
+    def _peer(self, engine: str, works: Sequence[Work]) -> None:
+        into = self.samples.setdefault(engine, [])
+        self.ask(engine, lambda: into.extend(self.quiet.run(lambda: self.peers[engine](works))))
+
+    def _ours(self, work: Work) -> None:
+        wants_kl = GOLDEN.get(self.name, "") if not self.facts else ""
+        found = self.quiet.run(lambda: run_ours(self.path, work, wants_kl))
+        self.samples[OURS].append(found.pop("samples"))
+        self.facts = {**found, **self.facts}
 
     def ask(self, engine: str, run: Callable[[], None]) -> None:
         try:
@@ -98,12 +119,12 @@ class Sitting:
             self.failures[engine] = str(problem)
             self.say(f"  {self.name}, {engine} is left out: {problem}")
 
-    def start(self, threads: int) -> None:
+    def start(self) -> None:
         """Loads to the first token, and memory, of ours and llama.cpp."""
-        self.starts[OURS] = self.quiet.run(lambda: starts.ours(self.path, threads))
+        self.starts[OURS] = self.quiet.run(lambda: starts.ours(self.path, self.threads))
         folder = os.environ.get("LLAMA_CPP_BIN")
         if folder:
-            run = lambda: starts.llama(Path(folder), self.path, threads)  # noqa: E731
+            run = lambda: starts.llama(Path(folder), self.path, self.threads)  # noqa: E731
             self.ask(llama_cpp.NAME, lambda: self.starts.update({llama_cpp.NAME: self.quiet.run(run)}))
 
     def row(self) -> dict[str, Any]:
@@ -115,15 +136,13 @@ class Sitting:
 
 
 def measure(name: str, path: Path, works: list[Work], options: argparse.Namespace, say: Say) -> dict[str, Any]:
-    """One row of the report. `options.turns`: who measures when, A is ours and B the peers."""
+    """One row of the report. `options.turns`: who measures when, by the letters of TURNS."""
     before = machine.load_average()
-    sitting = Sitting(name, path, Quiet(options.patience), say)
+    sitting = Sitting(name, path, options.threads, Quiet(options.patience), say)
     for turn in options.turns:
-        for work in works:
-            for engine in [OURS] if turn == "A" else sitting.peers:
-                sitting.turn(engine, work)
+        sitting.turn(TURNS[turn], works)
     if not options.short:
-        sitting.start(options.threads)
+        sitting.start()
     return {**sitting.row(), "load_average": [before, machine.load_average()]}
 
 
@@ -152,7 +171,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--repeats", type=int, default=3, help="of each column in each turn")
-    parser.add_argument("--turns", default="ABA", help="A: ollamapy, B: peers")
+    parser.add_argument("--turns", default="ABCA", help=", ".join(f"{turn}: {engine}" for turn, engine in TURNS.items()))
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, per model")
     parser.add_argument("--short", action="store_true", help="the real models, prefill and one sequence")
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "ollamapy" / "bench", help="of random models")
@@ -166,6 +185,8 @@ def main() -> None:
     unknown = set(names) - set(MODELS)
     if unknown:
         raise SystemExit(f"unknown models {', '.join(sorted(unknown))} (known: {', '.join(MODELS)})")
+    if strange := set(options.turns) - set(TURNS):
+        raise SystemExit(f"unknown turns {', '.join(sorted(strange))} (known: {', '.join(TURNS)})")
     work = Work(options.threads, options.repeats)
     less = max(options.repeats - 1, 1)  # of the long ones: all six files in a quarter of an hour
     alone = Work(1, less, prefill=False, batches=())

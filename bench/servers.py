@@ -114,7 +114,10 @@ def started(command: list[str], url: str, model: str, variables: dict[str, str] 
     start = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         environment = {**os.environ, **(variables or {})}
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
+        try:
+            process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
+        except OSError as problem:
+            raise PeerError(f"{command[0]}: {problem.strerror}") from None
         try:
             wait_until_healthy(url, process, said)
             request = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}

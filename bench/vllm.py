@@ -1,13 +1,8 @@
-"""vLLM as a second peer, over HTTP: a server that the user started for one of our models, in bf16.
-
-`VLLM_URL` names servers: "smollm2=http://127.0.0.1:8000,gemma3=http://127.0.0.1:8001". Any server with OpenAI's completions
-that takes token ids and `ignore_eos` will do.
-"""
+"""vLLM as a second peer, over HTTP: any server with OpenAI's completions that takes token ids and `ignore_eos` will do."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -19,12 +14,6 @@ from bench.llama_cpp import PeerError
 
 NAME = "vLLM bf16"
 ORDINARY = range(1000, 30000)  # token ids that are ordinary text in every vocabulary we measure
-
-
-def addresses() -> dict[str, str]:
-    """Model name -> base URL."""
-    pairs = [pair.partition("=") for pair in os.environ.get("VLLM_URL", "").split(",") if "=" in pair]
-    return {name.strip(): url.strip().rstrip("/") for name, _, url in pairs}
 
 
 def measure(url: str, work: Work) -> Samples:

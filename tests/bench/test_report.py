@@ -107,11 +107,13 @@ def test_a_peer_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     calls = tmp_path / "calls"
     script(tmp_path / "llama-bench", f"echo called >> {calls}; echo 'cannot read m.gguf' >&2; exit 3")
     monkeypatch.setenv("LLAMA_CPP_BIN", str(tmp_path))
-    monkeypatch.delenv("VLLM_URL", raising=False)
+    monkeypatch.delenv("VLLM", raising=False)
     said: list[str] = []
-    sitting = cpu.Sitting("m", Path("m.gguf"), Quiet(0.0), said.append)
+    sitting = cpu.Sitting("m", Path("m.gguf"), 1, Quiet(0.0), said.append)
     for _ in range(2):
-        sitting.turn(llama_cpp.NAME, Work(1, batches=()))
+        sitting.turn(llama_cpp.NAME, [Work(1, batches=())])
+    sitting.turn(vllm.NAME, [Work(1)])
+    assert said[-1] == "  m: vLLM bf16 is not here"
     problem = "llama-bench ended with 3: cannot read m.gguf"
     assert calls.read_text() == "called\n" and any(problem in line for line in said)
     sitting.quiet.others.append(0.0)
@@ -140,11 +142,17 @@ def test_plot_is_drawn_or_says_what_is_missing(tmp_path: Path) -> None:
     assert drawn or "ollamapy[bench]" in said
 
 
-def test_vllm_servers_are_named_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_URL", "smollm2=http://127.0.0.1:8000/, gemma3=http://127.0.0.1:8001")
-    assert vllm.addresses() == {"smollm2": "http://127.0.0.1:8000", "gemma3": "http://127.0.0.1:8001"}
-    monkeypatch.delenv("VLLM_URL")
-    assert vllm.addresses() == {}
+def test_vllm_that_does_not_start_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2_path: Path) -> None:
+    script(tmp_path / "vllm", "echo 'no such option' >&2; exit 4")
+    monkeypatch.delenv("LLAMA_CPP_BIN", raising=False)
+    monkeypatch.setenv("VLLM", str(tmp_path / "vllm"))
+    monkeypatch.setenv("VLLM_MODELS", f"smollm2={tmp_path}")
+    sitting = cpu.Sitting("smollm2", smollm2_path, 2, Quiet(0.0), lambda text: None)
+    sitting.turn(vllm.NAME, [Work(2), Work(1)])
+    assert "no such option" in sitting.failures[vllm.NAME]
+    monkeypatch.setenv("VLLM", str(tmp_path / "none"))
+    with pytest.raises(llama_cpp.PeerError, match="none: No such file"):
+        cpu.peers_of("smollm2", smollm2_path, 2)[vllm.NAME]([Work(2)])
 
 
 def test_vllm_that_is_not_there_is_told() -> None:
