@@ -115,6 +115,9 @@ def _learn(seq: Sequence) -> None:
 
 def _look_up(seq: Sequence) -> bool:
     """Opens a guess from the request's own tokens; whether there is one."""
+    if not seq.track.pairs.may_recur(seq.token_ids):
+        seq.track.guess = []
+        return False
     guess, matched = continuation(seq.token_ids, _most(seq))
     stop = next((place for place, token in enumerate(guess) if token in seq.params.stop_ids), len(guess))
     guess = guess[:stop]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ollamapy.engine.speculation_lookup import Pairs
+
 LEARNING = 1 / 32  # weight of the newest step in the line
 LEARNING_ROWS = 1 / 6  # and in the figure of its own number of rows
 FORGOTTEN = 1000  # steps after which a number of rows that did not occur is judged by the line again
@@ -82,6 +84,7 @@ class Track:
     guess: list[int] = field(default_factory=list)
     bucket: int = 0
     place: int = 0  # tokens generated when the guess was made
+    pairs: Pairs = field(default_factory=Pairs)
 
     def open(self, guess: list[int], bucket: int, place: int) -> None:
         self.guess, self.bucket, self.place = guess, bucket, place

@@ -233,3 +233,31 @@ def test_guesses_change_no_answer(model: Decoder, kernels: str, prompts: list[li
     for i in requests:
         assert tokens_of(found[i]) == tokens_of(expected[i]), f"request {i}"
         assert [entry for o in found[i] for entry in o.logprobs] == [entry for o in expected[i] for entry in o.logprobs]
+
+
+@pytest.mark.slow  # 3200 tokens of each model, half of them one by one
+@pytest.mark.parametrize("name", ["smollm2_path", "gemma3_path"])
+def test_speculation_changes_no_greedy_token(name: str, request: pytest.FixtureRequest) -> None:
+    """With the real cost of rows and with every guess verified, alone and in a batch of eight."""
+    path = request.getfixturevalue(name)
+    with GGUFFile.open(path) as file:
+        decoder = load_model(file, torch.device("cpu"))
+        tokenizer = Tokenizer.from_gguf(file.metadata)
+    ids = [tokenizer.encode(text) for text in PROMPTS]
+    found: dict[str, dict[int, list[int]]] = {}
+    accepted = 0
+    for case in ("off", "priced", "free", "alone"):
+        params = SamplingParams(temperature=0.0, max_tokens=200, speculation="off" if case == "off" else "ngram")
+        groups = (
+            [{i: (own, params)} for i, own in enumerate(ids)]
+            if case == "alone"
+            else [{i: (own, params) for i, own in enumerate(ids)}]
+        )
+        engine = make_engine(decoder)
+        if case in ("free", "alone"):
+            engine.speculation.cost = Free()
+        outputs = {i: own for group in groups for i, own in run(engine, group).items()}
+        found[case] = {i: [token for output in own for token in output.token_ids] for i, own in outputs.items()}
+        accepted += engine.stats().num_accepted_tokens
+    assert accepted > 500
+    assert found["priced"] == found["free"] == found["alone"] == found["off"]

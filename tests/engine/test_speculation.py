@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ollamapy.engine.speculation_cost import FORGOTTEN, StepCost, Track, allot, rounds
-from ollamapy.engine.speculation_lookup import MAX_COMPARED, MAX_SUFFIX, continuation
+from ollamapy.engine.speculation_lookup import MAX_COMPARED, MAX_INDEXED, MAX_SUFFIX, Pairs, continuation
 from tests.engine.fake import NOT_A_NUMBER, RAISES, VOCAB, Answer, FakeModel, Run, alone
 from tests.engine.test_churn import random_request
 from tests.engine.test_grammar import EOS, SHADOW, lark, reason, text
@@ -81,6 +81,29 @@ def test_lookup_is_what_a_plain_search_finds(seed: int) -> None:
     assert continuation(array("q", tokens), 8) == (expected, found[0])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_pairs_recur_where_lookup_finds_something(seed: int) -> None:
+    rng = random.Random(seed)
+    tokens, pairs = array("q", [0]), Pairs()
+    for _ in range(60):
+        tokens.extend(rng.randrange(8) for _ in range(rng.randrange(1, 4)))
+        assert pairs.may_recur(tokens) == bool(continuation(tokens, 1)[0])
+        if rng.random() < 0.05:  # as a context shift
+            del tokens[2 : len(tokens) // 2]
+            pairs.may_recur(tokens)
+
+
+def test_pairs_of_long_contexts_are_left_to_lookup() -> None:
+    assert Pairs().may_recur(array("q", range(MAX_INDEXED + 1)))
+
+
+def test_mirostat_is_not_guessed_for() -> None:
+    """Its state needs the token before."""
+    run = looping()
+    answer = run.one(PROMPT, max_tokens=40, speculation="ngram", mirostat=2, temperature=0.7, seed=3)
+    assert answer.finish is not None and answer.finish.drafted_tokens == 0
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +157,11 @@ def test_a_stop_id_amid_a_guess_ends_the_answer() -> None:
         {"temperature": 0.8, "seed": 5, "top_k": 40, "min_p": 0.2, "typical_p": 0.7},
         {"temperature": 0.0, "repeat_penalty": 1.1, "frequency_penalty": 0.1, "repeat_last_n": 12, "logprobs": 0},
         {"temperature": 0.5, "seed": 6, "repeat_penalty": 1.05, "presence_penalty": 0.2, "repeat_last_n": -1},
+        {"temperature": 0.0, "dry_multiplier": 0.6, "dry_allowed_length": 3, "dry_penalty_last_n": 30, "logprobs": 1},
+        {"temperature": 0.6, "seed": 7, "dry_multiplier": 0.4, "dry_breakers": (1, 5), "repeat_penalty": 1.05},
+        {"temperature": 0.8, "seed": 8, "xtc_probability": 0.5, "xtc_threshold": 0.05},
+        {"temperature": 0.0, "logit_bias": ((3, 1.5), (7, -2.0)), "logprobs": 2},
+        {"temperature": 0.7, "seed": 9, "logit_bias": ((3, 0.5),), "xtc_probability": 0.3, "dry_multiplier": 0.3, "top_k": 12},
     ],
 )
 def test_a_seed_gives_the_same_answer(params: dict[str, object]) -> None:
