@@ -93,10 +93,12 @@ def _cuda(
     return Kernel(op, "csrc", fn, needs, prepare, rows, ("cuda",), precise=False)
 
 
-def _triton(op: str) -> Kernel:
-    prepare = _late(op, triton_kernels.PREPARE) if op in triton_kernels.PREPARE else None
+def _triton(op: str, precise: bool = False) -> Kernel:
+    table = triton_kernels.PRECISE if precise else triton_kernels.PREPARE
+    prepare = _late(op, table) if op in table else None
     rows = _triton("embedding") if op == "linear" else None  # both pack alike
-    return Kernel(op, "triton", _late(op, triton_kernels.OPS), _on_triton, prepare, rows, triton_kernels.DEVICES)
+    serves = precise if op in triton_kernels.PRECISE else None  # others serve both wishes, or do as the weights that they get
+    return Kernel(op, "triton", _late(op, triton_kernels.OPS), _on_triton, prepare, rows, triton_kernels.DEVICES, serves)
 
 
 _TILE_ROWS = Kernel("embedding", "csrc", cpu_kernels.embedding, _reads_rows)
@@ -119,6 +121,7 @@ TABLE: tuple[Kernel, ...] = (
     _cuda("linear", cuda_kernels.linear, _cuda_multiplies, cuda_kernels.prepare_linear),
     _cuda("stack", cuda_kernels.stack, _on_cuda),
     *map(_triton, triton_kernels.OPS),
+    *(_triton(op, precise=True) for op in triton_kernels.PRECISE),
     Kernel("embedding", "reference", reference.embedding, _decodable, reference.prepare_embedding),
     Kernel("linear", "reference", reference.linear, _decodable, reference.prepare_linear),
     Kernel("moe", "reference", reference.moe, _anywhere),

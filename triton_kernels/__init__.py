@@ -32,6 +32,9 @@ OPS: dict[str, str] = {
 }
 """op -> file.function"""
 
+PRECISE = {"linear": "linear.prepare_precise"}
+"""The op's weights where products are to be those of float32: the same kernels, in float32, see `tuning.of_weight`"""
+
 PREPARE: dict[str, str] = {
     "embedding": "embedding.prepare_embedding",
     "linear": "linear.prepare_linear",

@@ -276,8 +276,8 @@ def attention(
     head_bytes = max(padded) * dot.itemsize
     wide = head_bytes > TILE_HEAD_BYTES
     keys = max(TILE_KEYS * TILE_HEAD_BYTES // head_bytes, 16) if wide else TILE_KEYS
-    if caches.quantized(cache) and head_bytes >= TILE_HEAD_BYTES:
-        keys = max(keys // 2, 16)  # codes and steps are held beside the keys: 8 bytes spilled on sm_80
+    if (caches.quantized(cache) and head_bytes >= TILE_HEAD_BYTES) or (dot is torch.float32 and wide):
+        keys = max(keys // 2, 16)  # steps are held beside the keys, or products done by FMA: 8 and 424 bytes spilled
     out = q.new_zeros(q.shape[0], heads, value_length)
     for launch in plan.for_group(heads // kv_heads):
         tiles, splits = launch.sequence.shape[0], launch.splits

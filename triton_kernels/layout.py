@@ -109,6 +109,7 @@ class Planes:
     scales: Tensor | None = None  # uint8
     d: Tensor | None = None  # float16, or uint8 (E8M0)
     m: Tensor | None = None  # float16
+    precise: bool = False  # multiplied in float32 by activations of float32, at any number of rows
 
     @property
     def form(self) -> Form | None:
@@ -257,7 +258,7 @@ def join(parts: Sequence[Planes]) -> Planes:
     for name, plane in joined.items():
         for part, rows in zip(parts, plane.split(counts), strict=True):
             setattr(part, name, rows)
-    return Planes(first.type, (sum(counts), first.shape[-1]), **joined)
+    return Planes(first.type, (sum(counts), first.shape[-1]), **joined, precise=first.precise)
 
 
 def _unpack_rows(planes: Planes, start: int, stop: int, blocks: Tensor) -> None:

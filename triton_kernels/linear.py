@@ -7,6 +7,8 @@ rows on a layer is decoded to that type and left to torch. Float types always go
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -106,7 +108,7 @@ def matmul(
 ) -> Tensor:
     """Any number of rows, through tensor cores: x and the decoded weights are rounded to `dot`, sums are float32."""
     assert weight.form is not None and x.is_contiguous() and out.stride(1) == 1
-    table, rows, columns, groups = tuning.of(x.device), x.shape[0], out.shape[1], weight.shape[-1] // GROUP
+    table, rows, columns, groups = tuning.of_weight(weight), x.shape[0], out.shape[1], weight.shape[-1] // GROUP
     tile = table.tile(rows)
     step = min(tile.groups, triton.next_power_of_2(groups))
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
@@ -128,7 +130,7 @@ def matmul(
         BIAS=bias is not None,
         ADD=add,
         USED=0,
-        DOT=DOT_TYPES[dot or tuning.activations(x.device)],
+        DOT=DOT_TYPES[dot or tuning.activations(x.device, weight.precise)],
         EVEN=groups % step == 0,
         **decode.constants(weight.form),
         BM=tile.rows,
@@ -148,7 +150,7 @@ def int8_matmul(x: Tensor, weight: Planes, out: Tensor, bias: Tensor | None = No
 
 def choose_path(rows: int, weight: Planes) -> str:
     """ "dense" | "matvec" | "int8" | "tiles" | "layer" for a number of rows of x."""
-    table = tuning.of(weight.low.device)
+    table = tuning.of_weight(weight)
     if weight.form is None:
         return "dense"
     if rows <= table.matvec_rows:
@@ -182,6 +184,7 @@ def project(
     if path == "tiles":
         return matmul(x, weight, out, bias, add)
     dense = dequantize(weight, tuning.activations(x.device)) if path == "layer" else weight.low
+    dense = dense.float() if weight.precise else dense
     product = _dense_product(x.to(dense.dtype), dense.view(-1, x.shape[1]).t()).to(out.dtype)
     if bias is not None:
         product += bias
@@ -199,6 +202,11 @@ def _dense_product(x: Tensor, weight: Tensor) -> Tensor:
 def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
     """Packed on the device, a chunk of rows at a time."""
     return pack(weight.to(device))
+
+
+def prepare_precise(weight: QuantTensor, device: torch.device) -> Planes:
+    """The same, for products of float32: `precise` models."""
+    return replace(prepare_linear(weight, device), precise=True)
 
 
 def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:

@@ -121,10 +121,10 @@ def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     return ids, weights
 
 
-def sort_by_expert(ids: Tensor, experts: int) -> Runs:
+def sort_by_expert(ids: Tensor, experts: int, table: tuning.Table | None = None) -> Runs:
     """ids (n, used) -> runs, without a synchronization."""
     pairs = ids.flatten().long()
-    tile = tuning.of(ids.device).tile(triton.cdiv(pairs.numel(), experts))
+    tile = (table or tuning.of(ids.device)).tile(triton.cdiv(pairs.numel(), experts))
     rows = tile.rows
     tiles = min(triton.cdiv(pairs.numel(), rows) + experts, pairs.numel())  # each expert wastes less than a tile
     counts = torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, pairs, torch.ones_like(pairs))
@@ -197,7 +197,7 @@ def answers(x: Tensor, ids: Tensor, experts: Experts, kind: Activation, dot: tor
             right = matvec(x, up, torch.empty_like(inner), experts=(flat, used))
             inner = gated_activation(matvec(x, gate, inner, experts=(flat, used)), right, kind)
         return matvec(inner, down, out, experts=(flat, 1))
-    runs = sort_by_expert(ids, gate.shape[0])
+    runs = sort_by_expert(ids, gate.shape[0], tuning.of_weight(gate))
     right = grouped_matmul(x, up, runs, used, torch.empty_like(inner), dot)
     inner = gated_activation(grouped_matmul(x, gate, runs, used, inner, dot), right, kind)
     return grouped_matmul(inner, down, runs, 1, out, dot)
@@ -206,7 +206,7 @@ def answers(x: Tensor, ids: Tensor, experts: Experts, kind: Activation, dot: tor
 def mix(x: Tensor, logits: Tensor, experts: Experts, routing: Routing, kind: Activation, out: Tensor, add: bool) -> Tensor:
     """Routed experts of x (n, E) into `out` (n, E), or onto it with `add`."""
     ids, weights = route(logits, routing)
-    found = answers(x, ids, experts, kind, tuning.activations(x.device))
+    found = answers(x, ids, experts, kind, tuning.activations(x.device, experts.gate.precise))
     size = min(SUM_SIZE, triton.next_power_of_2(out.shape[1]))
     sum_kernel[(out.shape[0], triton.cdiv(out.shape[1], size))](
         *(found, weights, out, out.shape[1]), USED=routing.used, ADD=add, SIZE=size

@@ -170,8 +170,8 @@ class Stack:
         if not x.shape[0]:
             return x
         plans = [attention.plan(seen, caches[0]) for seen in batch.groups]
-        dtype, products = tuning.activations(x.device), self._products
-        first = self._layers[0]
+        first, products = self._layers[0], self._products
+        dtype = tuning.activations(x.device, first.qkv[0].weight.precise)
         h = products.norm(x, Norm(first.attention_norm, first.facts.eps), None, first.readers, dtype)
         for layer, cache, following in zip(self._layers, caches, [*self._layers[1:], None], strict=True):
             facts, seen = layer.facts, batch.groups[cache.group]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ollamapy import env
+from ollamapy.triton_kernels.layout import Planes
 
 FOLDER = Path(__file__).with_name("tuned")
 
@@ -30,6 +31,10 @@ class Tile(NamedTuple):
     groups: int
     num_warps: int
     num_stages: int
+
+
+EXACT_TILES = (Tile(16, 32, 2, 4, 2), Tile(32, 64, 1, 4, 2))
+"""Of float32 products, which no tensor core does exactly: by FMA, so registers set their size. Untried, as all numbers here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,17 @@ def of(device: torch.device) -> Table:
     return one_path(read(name)) if invariant() else read(name)
 
 
-def activations(device: torch.device) -> torch.dtype:
-    """The type of hidden states between kernels, and of products: float32 where they are interpreted."""
-    found: torch.dtype = torch.float32 if device.type == "cpu" else getattr(torch, of(device).activations)
+def of_weight(weight: Planes) -> Table:
+    """The numbers for a matrix: one that is multiplied precisely knows no int8 and no 16-bit products. Where bits must not
+    depend on the batch, it has one size of tiles, and K is not split by their number."""
+    table = of(weight.low.device)
+    if not weight.precise:
+        return table
+    table = replace(table, int8_rows=0, dense_rows=sys.maxsize, tiles=EXACT_TILES)
+    return replace(table, tiles=EXACT_TILES[:1], programs=1) if invariant() else table
+
+
+def activations(device: torch.device, precise: bool = False) -> torch.dtype:
+    """The type of hidden states between kernels, and of products: float32 where they are interpreted, or shall be exact."""
+    found: torch.dtype = torch.float32 if precise or device.type == "cpu" else getattr(torch, of(device).activations)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 
@@ -73,6 +74,19 @@ def test_a_type_without_any_kernel_is_an_error_with_the_reasons() -> None:
     ):
         ops.choose(CPU)
         ops.prepare(QuantTensor(torch.zeros(2, 16, dtype=torch.uint8), GGMLType.I32, (2, 4)), CPU, "linear")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_precise_models_on_a_gpu_run_on_triton(device: str) -> None:
+    """The CUDA kernels round activations to int8; what serves both wishes is the same for both."""
+    choice, place = ops.Choice(), ops.Place(torch.device(device), GGMLType.Q4_K)
+    picked = {}
+    for choice.precise in (False, True):
+        picked[choice.precise] = {op: choice.pick(op, place) for op in ("linear", "embedding", "moe", "stack", "attention")}
+    assert {kernel.family for kernel in picked[True].values()} == {"triton"}
+    assert picked[False]["linear"].precise is False and picked[True]["linear"].precise is True
+    assert picked[False]["attention"] is picked[True]["attention"]
 
 
 def test_unknown_family() -> None:

@@ -82,9 +82,9 @@ def write(tiny: Tiny, folder: Path) -> Path:
     return folder / "tiny.gguf"
 
 
-def load(path: Path, kernels: str) -> Decoder:
+def load(path: Path, kernels: str, precise: bool = False) -> Decoder:
     with GGUFFile.open(path) as file:
-        return load_model(file, torch.device("cpu"), kernels=kernels)
+        return load_model(file, torch.device("cpu"), kernels=kernels, precise=precise)
 
 
 def feed(model: Decoder) -> dict[str, torch.Tensor]:
@@ -125,6 +125,24 @@ def test_model(name: str, tmp_path: Path) -> None:
     if name == "gemma3":  # whose layers have block tables of their own
         groups = layer_groups(model.config.windows, 64)
         assert len(groups) == 2 and generate(model, groups) == tokens
+
+
+def test_precise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose activations are of 16 bits: precise weights are multiplied in float32 there too, the others are not."""
+    path = write(MODELS["qwen3moe"], tmp_path)
+
+    def prompts(model: Decoder) -> dict[str, torch.Tensor]:
+        return Paged(model).logits({"a": range(3, 13), "b": [5, 80]})
+
+    def error(precise: bool) -> float:
+        model = load(path, "triton", precise)
+        assert ops.chosen()["linear"] == ops.chosen()["stack"] == "triton"
+        return max(float((got - want[name]).abs().max() / want[name].abs().max()) for name, got in prompts(model).items())
+
+    want = prompts(load(path, "reference"))
+    kind = {False: torch.float16, True: torch.float32}
+    monkeypatch.setattr(tuning, "activations", lambda device, precise=False: kind[precise])
+    assert error(precise=True) < LIMIT < error(precise=False)
 
 
 def test_recorded_steps(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     x, logits = torch.randn(40, 256) * 0.05, torch.randn(40, 3)
     dense = tuple(weight.dequantize() for weight in weights)
     want = reference.moe(x, logits, (dense[0], dense[1], dense[2]), reference.Routing(2), "silu")
-    monkeypatch.setattr(tuning, "activations", lambda device: torch.bfloat16)
+    monkeypatch.setattr(tuning, "activations", lambda device, precise=False: torch.bfloat16)
     half = moe.moe(x, logits, tuple(layout.pack(weight) for weight in weights), reference.Routing(2), "silu")
     torch.testing.assert_close(half, want, rtol=0.05, atol=2**-6 * float(want.abs().max()))
 

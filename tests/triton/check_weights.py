@@ -92,7 +92,7 @@ def test_matmul_ends_within_a_step(type: GGMLType) -> None:
 @pytest.mark.parametrize("rows", [2, 4, 40, 70, 130])
 def test_every_tile(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row of the tables, in bfloat16 where there are tensor cores, with x of both types that a model runs in."""
-    monkeypatch.setattr(tuning, "activations", lambda device: torch.bfloat16)
+    monkeypatch.setattr(tuning, "activations", lambda device, precise=False: torch.bfloat16)
     weight = random_weight(GGMLType.Q4_K, 70, 512)
     planes = layout.pack(weight)
     x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(0))

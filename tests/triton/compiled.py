@@ -97,7 +97,8 @@ def attend(
         tables = [list(range(-(-context // 16))) for context in contexts]
         batch = make_batch(tables, queries, contexts, 16)
         store = cache.new_cache(LayerState(kv_heads, length, length), len(tables[0]), 16, dtype, CPU)
-        return attention.attention(bf16(sum(queries), heads, length), store, attention.plan(batch, store), scale=0.1, **options)
+        q = bf16(sum(queries), heads, length).to(torch.float32 if dtype == torch.float32 else torch.bfloat16)
+        return attention.attention(q, store, attention.plan(batch, store), scale=0.1, **options)
 
     return call
 
@@ -130,6 +131,14 @@ def multiply(type: GGMLType, rows: int, **more: Any) -> Callable[[], object]:
     def call() -> object:
         planes = layout.pack(random_weight(type, 32 if "gate" in more else 16, 4096))
         return linear.project(bf16(rows, 4096), planes, torch.zeros(rows, 16), **more)
+
+    return call
+
+
+def multiply_precisely(type: GGMLType, rows: int) -> Callable[[], object]:
+    def call() -> object:
+        planes = linear.prepare_precise(random_weight(type, 16, 4096), CPU)
+        return linear.project(torch.zeros(rows, 4096), planes, torch.zeros(rows, 16), add=True)
 
     return call
 
@@ -167,11 +176,16 @@ def usual_cases() -> dict[str, Case]:
         for count in counts:
             found[f"linear {type.name} {count} row{'s' if count > 1 else ''}"] = multiply(type, count), count >= 64
     for type in (GGMLType.Q4_K, GGMLType.Q6_K):
+        for count in (1, 16, 64):
+            found[f"linear precise {type.name} {count} row{'s' if count > 1 else ''}"] = multiply_precisely(type, count), False
         found[f"linear int8 {type.name} 32 rows"] = multiply_int8(type, 32), True
     return found | {
         "dequantize Q6_K": (decode_all(GGMLType.Q6_K), False),
         "attention decode, 32/8 heads of 128": (attend([1], [100], 32, 8, 128), False),
         "attention decode, q8_0": (attend([1], [3000], 32, 8, 128, dtype=cache.Q8_0), False),
+        "attention decode, float32": (attend([1], [3000], 32, 8, 128, dtype=torch.float32), False),
+        "attention prefill, float32": (attend([200], [300], 32, 8, 128, dtype=torch.float32), False),
+        "attention prefill, float32, 4/1 heads of 256": (attend([200], [300], 4, 1, 256, dtype=torch.float32), False),
         "attention decode, fp8": (attend([1], [3000], 32, 8, 128, dtype=torch.float8_e4m3fn), False),
         "attention decode, 4/1 heads of 256, window, cap": (attend([1], [100], 4, 1, 256, window=64, cap=50.0), False),
         "attention prefill, 8/8 heads of 64, window, sinks": (
@@ -232,7 +246,7 @@ def figures(name: str, architecture: int, extent: str) -> tuple[str, int, dict[s
     driver.set_active(Target(architecture))
     table = tuning.read(tuning.name_for(architecture))
     tuning.of = lambda device: table
-    tuning.activations = lambda device: getattr(torch, table.activations)
+    tuning.activations = lambda device, precise=False: torch.float32 if precise else getattr(torch, table.activations)
 
     def compile_only(self: JITFunction, grid: object) -> Callable[..., None]:
         return lambda *args, **kwargs: compiled.append(self.run(*args, grid=grid, warmup=True, **kwargs))
