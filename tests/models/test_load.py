@@ -166,10 +166,12 @@ def test_the_file_leaves_memory_once_it_is_packed(smollm2_path: Path) -> None:
         model = load_model(file, torch.device("cpu"))
         size = sum(tensor.nbytes for tensor in file.tensors.values())
     assert model.output_norm.weight.abs().sum() > 0
-    maps = Path("/proc/self/smaps").read_text().split(str(smollm2_path.resolve()))
-    assert len(maps) > 1
-    resident = sum(int(re.search(r"^Rss:\s+(\d+)", part, re.MULTILINE)[1]) for part in maps[1:])  # type: ignore[index]
-    assert resident * 1024 < size / 4
+    maps = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (.*?)^VmFlags", Path("/proc/self/smaps").read_text(), re.MULTILINE | re.DOTALL)
+    address = model.output_norm.weight.data_ptr()
+    (mapped,) = (text for start, end, text in maps if int(start, 16) <= address < int(end, 16))
+    assert str(smollm2_path.resolve()) in mapped
+    (resident,) = re.findall(r"^Rss:\s+(\d+)", mapped, re.MULTILINE)
+    assert int(resident) * 1024 < size / 4
 
 
 def test_states_say_what_the_cache_needs(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 // at the speed of memory.
 #pragma once
 #include "tile.h"
+#include "transpose.h"
 
 namespace ollamapy::OLLAMAPY_ISA {
 namespace {
@@ -44,7 +45,20 @@ void pack_coded(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64
   const int64_t groups = k / 32, row_bytes = groups * T::kBlockBytes;
   for (int64_t t = tile_begin; t < tile_end; t++) {
     uint8_t* tile = tiles + t * 16 * row_bytes;
-    if ((t + 1) * 16 > n) memset(tile, 0, size_t(16 * row_bytes));
+    if ((t + 1) * 16 <= n) {
+      for (int64_t g = 0; g < groups; g++) {
+        const Chunk<T> chunk = chunk_of<T>(tile, g, groups);
+        const int at = int(g % kChunkGroups);
+        const uint8_t* block = rows + t * 16 * row_bytes + g * T::kBlockBytes;
+        B q[4];
+        load_quads(block, row_bytes, q);
+        for (int h = 0; h < T::kScaleBytes / 4; h++) store_bytes(const_cast<uint8_t*>(chunk.record(at)) + 64 * h, q[h]);
+        load_quads(block + T::kScaleBytes, row_bytes, q);
+        for (int v = 0; v < 4; v++) store_bytes(const_cast<uint8_t*>(chunk.group(at)) + 64 * v, q[v]);
+      }
+      continue;
+    }
+    memset(tile, 0, size_t(16 * row_bytes));
     for (int64_t r = 0; r < 16 && t * 16 + r < n; r++)
       for (int64_t g = 0; g < groups; g++) {
         const Chunk<T> chunk = chunk_of<T>(tile, g, groups);

@@ -51,16 +51,6 @@ void dense_tiles(const uint8_t* tiles, int64_t k, const uint8_t* acts, int64_t m
 }
 
 template <class T>
-void pack_dense(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile_begin, int64_t tile_end) {
-  for (int64_t t = tile_begin; t < tile_end; t++)
-    for (int64_t i = 0; i < k; i++)
-      for (int64_t r = 0; r < 16; r++) {
-        uint8_t* to = tiles + ((t * k + i) * 16 + r) * T::kBytes;
-        if (t * 16 + r < n) memcpy(to, rows + ((t * 16 + r) * k + i) * T::kBytes, T::kBytes);
-        else memset(to, 0, T::kBytes);
-      }
-}
-template <class T>
 void unpack_dense(const uint8_t* tiles, int64_t k, int64_t row, uint8_t* out) {
   const uint8_t* from = tiles + (row / 16 * k * 16 + row % 16) * T::kBytes;
   for (int64_t i = 0; i < k; i++) memcpy(out + i * T::kBytes, from + i * 16 * T::kBytes, T::kBytes);
