@@ -18,7 +18,8 @@ from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.adapters import Adapters
 from ollamapy.engine.batch import RowAdapter
 from ollamapy.engine.execution import Execution, failure_text
-from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary
+from ollamapy.engine.grammar import Grammar, Vocabulary
+from ollamapy.engine.grammars import Grammars
 from ollamapy.engine.memory import allocated, shortage
 from ollamapy.engine.overlap import Overlap
 from ollamapy.engine.pooling import pooling_of
@@ -259,7 +260,7 @@ class Engine:
                 self._pending.append(Output(request_id, [], finish=ended))
                 return
             if params.grammar:
-                self._compiling[request_id] = seq, self.grammars.start(params.grammar)
+                self._compiling[request_id] = seq, self.grammars.start(params.grammar, params.trigger)
             else:
                 self._enter(seq)
 

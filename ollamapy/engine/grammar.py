@@ -1,15 +1,13 @@
-"""Grammars: which tokens a request may generate next. Parsing is llguidance's; knows no schema, no text, no sampling.
+"""Grammar: which tokens a request may generate next. Parsing is llguidance's; knows no schema, no text, no sampling.
 
 A grammar follows the tokens that were generated, not the context, so preemption, recomputation and context shifts do not
-touch it. llguidance is imported when the first grammar comes.
+touch it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,12 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ollamapy.errors import EngineError
-
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
-
-MAX_KEPT = 64  # compiled grammars; the largest that are let in take a few MB each
+    from llguidance import LLMatcher
 
 
 class Vocabulary(NamedTuple):
@@ -42,6 +36,11 @@ class Grammar:
         self._matcher = matcher
         self.num_words = math.ceil(num_tokens / 32)
         self.error = ""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether anything may come, for the time being."""
+        return False
 
     def allowed(self, bits: NDArray[np.int32]) -> None:
         """Sets the bits (num_words,) of the tokens that may come next; none when the grammar has failed."""
@@ -70,71 +69,13 @@ class Grammar:
         return bool(self.error)
 
 
-class Grammars:
-    """Compiles grammars for one model, in a thread: the first one takes a second more at 262,144 tokens."""
-
-    def __init__(self, read_vocabulary: Callable[[], Vocabulary] | None) -> None:
-        self._read_vocabulary = read_vocabulary
-        self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._thread: ThreadPoolExecutor | None = None
-
-    def start(self, text: str) -> Future[Grammar]:
-        """The beginning of the grammar `text` (llguidance's JSON form); the future raises EngineError."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "grammar")
-        return self._thread.submit(self._start, text)
-
-    def _start(self, text: str) -> Grammar:
-        matcher = self._compiled.pop(text, None) or self._compile(text)
-        self._compiled[text] = matcher
-        if len(self._compiled) > MAX_KEPT:
-            self._compiled.popitem(last=False)
-        assert self._tokenizer is not None
-        return Grammar(matcher.deep_copy(), self._tokenizer.vocab_size)  # 10 us
-
-    def _compile(self, text: str) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
-
-        if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer()
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
-        if matcher.is_error():
-            raise EngineError(f"the grammar does not compile: {matcher.get_error()}")
-        return matcher
-
-    def _make_tokenizer(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
-        if self._read_vocabulary is None:
-            raise EngineError("this engine has no vocabulary for grammars")
-        vocabulary = self._read_vocabulary()
-        if not vocabulary.eos_ids:
-            raise EngineError("the model has no end-of-generation token, which a grammar needs")
-        return LLTokenizer(_Wrapper(vocabulary), eos_token=vocabulary.eos_ids)  # type: ignore[arg-type]
-
-
-class _Wrapper:
-    """A vocabulary as llguidance reads it. Grammars ask for no forced tokens, so no text is ever tokenized."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.tokens, self.special_token_ids = vocabulary.tokens, vocabulary.special_ids
-        self.eos_token_id = vocabulary.eos_ids[0]
-
-    def __call__(self, text: str) -> list[int]:
-        raise EngineError("a grammar may not force tokens")
-
-
 def constrain(logits: Tensor, grammars: Sequence[Grammar | None]) -> None:
     """Puts minus infinity where a row's grammar forbids the token; logits (n, V) float32, None: a row without a grammar.
 
     On a GPU the masks are made while the forward pass still runs: nothing before this waits for it. A mask takes 11 us on
     average at 49,152 tokens and 16 us at 262,144; applying it 30 us and 150 us.
     """
-    held = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None]
+    held = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None and not grammar.sleeps]
     if not held:
         return
     size = logits.shape[1]  # a model may have rows without a token, or tokens without a row

@@ -18,6 +18,15 @@ SpeculationMode = Literal["off", "ngram", "draft", "auto"]
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 
 
+class Trigger(msgspec.Struct, frozen=True):
+    """When a grammar that sleeps is to begin: after a token, or where `text` is not empty after that, outside of thinking."""
+
+    token_id: int = -1
+    text: str = ""
+    thinking: tuple[str, str] = ("", "")  # its tags, where the model thinks; it begins with the answer or not at all
+    in_thinking: bool = False  # the prompt has opened it
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How one request is sampled and when it ends. Names and meanings are those of Ollama's options.
 
@@ -56,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logprobs: int = -1  # -1: none; n >= 0: of the token chosen and of the n likeliest
     prompt_logprobs: int = -1  # the same of the prompt's tokens but the first, which then reuses no prefix
     grammar: str = ""  # what may be generated, in llguidance's JSON form; "": anything
+    trigger: Trigger | None = None  # the grammar sleeps until this comes, and again after each end of it
     adapters: tuple[tuple[str, float], ...] = ()  # LoRA files (GGUF) beside the model's weights, and their scales
     speculation: SpeculationMode = "off"  # where guesses of tokens ahead come from; "auto": whatever pays
     num_draft: int = 0  # most tokens guessed ahead; 0: as many as pay

@@ -82,7 +82,7 @@ class DraftModel:
             self.blocks.release(shadow)
             shadow = None
         if shadow is None:
-            params = msgspec.structs.replace(seq.params, grammar="", logprobs=-1, max_tokens=-1, shift=False)
+            params = msgspec.structs.replace(seq.params, grammar="", trigger=None, logprobs=-1, max_tokens=-1, shift=False)
             shadow = Sequence(seq.request_id, seq.token_ids[:], params, seq.context_length, seq.seed)
             shadow.num_shifts = seq.num_shifts
             self._shadows[seq.request_id] = shadow

@@ -42,7 +42,7 @@ COMMAND = (sys.executable, "-P", "-c", _START)
 _OURS = {"regex": str, "lark": str, "gbnf": str, "grammar": str, "choices": list}
 _IS_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:(?!:))", re.MULTILINE)
 # llguidance's default is any white space, of which small models write without end. One level of indentation a line break.
-_LAYOUT = {"whitespace_pattern": r"[ ]|\n[ \t]{0,24}"}
+LAYOUT = {"whitespace_pattern": r"[ ]|\n[ \t]{0,24}"}
 _TOP = '%llguidance {"no_forcing": true}\n'  # tokens are the model's choice where their text is forced
 
 
@@ -167,10 +167,10 @@ def _children(value: Any) -> list[Any]:
 def _entry(format: Any) -> dict[str, Any]:
     """One entry of llguidance's list of grammars. Raises BadRequest."""
     if format == "json":
-        return {"json_schema": {"type": "object", "x-guidance": _LAYOUT}}
+        return {"json_schema": {"type": "object", "x-guidance": LAYOUT}}
     key = next(iter(format), "")
     if len(format) > 1 or key not in _OURS:
-        return {"json_schema": {**format, "x-guidance": _LAYOUT}}
+        return {"json_schema": {**format, "x-guidance": LAYOUT}}
     value = format[key]
     if not value or not isinstance(value, _OURS[key]):
         raise BadRequest(f'invalid format: "{key}" must be a {_OURS[key].__name__} that is not empty')

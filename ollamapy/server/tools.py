@@ -1,6 +1,8 @@
 """A request's tools: which are shown and which may or must be called, and the grammar of an answer that must call.
 
-A grammar is made of the model's own way to write calls (`chat.toolcalls`) and each tool's schema of parameters.
+A grammar is made of the model's own way to write calls (`chat.toolcalls`) and each tool's schema of parameters. Where the model
+may call, it sleeps until the model's own marker of a call: text before it is what it is without a grammar. That is done where
+the marker is one token of the vocabulary, which no text spells; where it is spelled, only when a tool is `strict`.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ import msgspec
 from ollamapy.api.messages import Tool
 from ollamapy.api.types import ChatRequest
 from ollamapy.chat.interface import CallStyle, Parser
+from ollamapy.chat.thinking import ThinkingParser
 from ollamapy.chat.toolcalls import ToolParser
+from ollamapy.engine.protocol import Trigger
 from ollamapy.errors import BadRequest
-from ollamapy.server.structured import MAX_BYTES, Formats, grammar_text
+from ollamapy.server.structured import LAYOUT, MAX_BYTES, Formats, grammar_text
 from ollamapy.tokenizer import Tokenizer
 
 MAX_TOOLS = 128
+_ANY_OBJECT: dict[str, Any] = {"json_schema": {"type": "object", "x-guidance": LAYOUT}}
 
 
 class ToolUse(NamedTuple):
@@ -32,31 +37,58 @@ class ToolUse(NamedTuple):
     def parser(self, style: CallStyle, inner: Parser) -> ToolParser:
         return ToolParser(inner, style, {_name(tool) for tool in self.tools})
 
-    async def check(self, formats: Formats) -> dict[str, dict[str, Any]]:
-        """The parameters of each tool that must be called, as entries of llguidance. Raises BadRequest that names it."""
-        found = {}
-        for tool in self.tools if self.required else ():
+    async def check(self, formats: Formats, warnings: list[str]) -> dict[str, dict[str, Any]]:
+        """The parameters of each tool that may be called, as entries of llguidance.
+
+        Raises BadRequest that names the tool when it must be called or is strict; else its arguments are any object, and a
+        warning says so.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for tool in self.tools:
             name = _name(tool)
             if name not in self.allowed:
                 continue
-            schema = tool.function.get("parameters") or {"properties": {}}
-            if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-                raise BadRequest(f"tools: {name}: parameters must be a JSON Schema of an object")
             try:
-                checked = await formats.check({**schema, "type": "object"})
+                found[name] = await _parameters(tool, formats)
             except BadRequest as error:
-                raise BadRequest(f"tools: {name}: {error}") from None
-            assert checked is not None
-            found[name] = checked.entry
+                if self.required or _strict(tool):
+                    raise BadRequest(f"tools: {name}: {error}") from None
+                warnings.append(f"tools: {name}: the arguments of its calls are not held to its parameters: {error}")
+                found[name] = _ANY_OBJECT
         if sum(len(msgspec.json.encode(entry)) for entry in found.values()) > MAX_BYTES:
-            raise BadRequest(f"tools: their parameters are more than {MAX_BYTES} bytes of JSON")
+            text = f"tools: their parameters are more than {MAX_BYTES} bytes of JSON"
+            if self.required or any(map(_strict, self.tools)):
+                raise BadRequest(text)
+            warnings.append(f"{text}: the arguments of calls are not held to them")
+            return {}
         return found
+
+    async def sleeping(
+        self, style: CallStyle, inner: Parser, tokenizer: Tokenizer, formats: Formats, warnings: list[str]
+    ) -> tuple[str, Trigger | None]:
+        """For a model that may call: the grammar of one call, or one list of them, from behind its marker to its end, and what
+        wakes it. Nothing where nothing tells a call from text."""
+        ids = tokenizer.encode(style.opening) if style.opening else []
+        if not ids or (len(ids) > 1 and not any(map(_strict, self.tools))):
+            return "", None
+        entries = await self.check(formats, warnings)
+        if not entries:
+            return "", None
+        trigger = Trigger(token_id=ids[0]) if len(ids) == 1 else Trigger(text=style.opening)
+        if isinstance(inner, ThinkingParser):
+            trigger = msgspec.structs.replace(trigger, thinking=tuple(inner.tags), in_thinking=inner.opened)
+        call, named = self._call(style, entries)
+        if style.listed:
+            more = f' (SPACES? "," SPACES? {call})*' if self.several and style.several else ""
+            body = f'SPACES? "[" SPACES? {call}{more} SPACES? "]"'
+        else:
+            body = f"SPACES? {call} SPACES? {_tag(style.closing, tokenizer)}"
+        return grammar_text(f"{body}\nSPACES: /[ \\t\\r\\n]{{1,8}}/", named, None), trigger
 
     def grammar(self, style: CallStyle, entries: dict[str, dict[str, Any]], inner: Parser, tokenizer: Tokenizer) -> str:
         """Of an answer that is one call, or with `several` one at least; thinking before it is free."""
-        head = f'{{{{"name": {{}}, "{style.arguments}": '
-        calls = [f'{_quoted(head.format(_quoted(name)))} @args{at} "}}"' for at, name in enumerate(entries)]
-        body = call = f"({' | '.join(calls)})"
+        call, named = self._call(style, entries)
+        body = call
         opening, closing = _tag(style.opening, tokenizer), _tag(style.closing, tokenizer)
         more = self.several and style.several
         if style.listed:
@@ -64,8 +96,15 @@ class ToolUse(NamedTuple):
         elif opening:
             body = f'{opening} "\\n" {call} "\\n" {closing}'
             body += f' ("\\n" {body})*' if more else ""
-        named = [{"name": f"args{at}", **entry} for at, entry in enumerate(entries.values())]
         return grammar_text(body, named, inner)
+
+    @staticmethod
+    def _call(style: CallStyle, entries: dict[str, dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+        """A call of one of them as a Lark expression, and the entries that it names."""
+        head = f'{{{{"name": {{}}, "{style.arguments}": '
+        calls = [f'{_quoted(head.format(_quoted(name)))} @args{at} "}}"' for at, name in enumerate(entries)]
+        named = [{"name": f"args{at}", **entry} for at, entry in enumerate(entries.values())]
+        return f"({' | '.join(calls)})", named
 
 
 def tool_use(request: ChatRequest) -> ToolUse | None:
@@ -90,6 +129,19 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
     if required and (request.format not in (None, "") or request.grammar or request.options.get("grammar")):
         raise BadRequest("tool_choice: an answer that must be a call cannot be held to a format besides")
     return ToolUse(request.tools, names if wanted is None else (wanted,), required, request.parallel_tool_calls)
+
+
+async def _parameters(tool: Tool, formats: Formats) -> dict[str, Any]:
+    schema = tool.function.get("parameters") or {"properties": {}}
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        raise BadRequest("parameters must be a JSON Schema of an object")
+    checked = await formats.check({**schema, "type": "object"})
+    assert checked is not None
+    return checked.entry
+
+
+def _strict(tool: Tool) -> bool:
+    return tool.function.get("strict") is True
 
 
 def _name(tool: Tool) -> str:

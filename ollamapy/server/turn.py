@@ -91,7 +91,7 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
     default = {"speculation": services.settings.speculation}
     options, notes = option_table.merge(default, model.params, request.options)
     held_to = await services.formats.check(_format(request, options))
-    calls = await turn.tools.check(services.formats) if turn.tools else {}
+    calls = await turn.tools.check(services.formats, warnings) if turn.tools and turn.tools.required else {}
     warnings += notes
     async with services.residents.use(model, options, keep_alive, record.caller.client) as loaded:
         load_ns = time.monotonic_ns() - arrival
@@ -115,10 +115,14 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
         parser = PlainParser() if turn.raw else chat.parser(prompt=prompt.text, think=think)
         stops = (*options.stop, *(() if turn.raw else chat.stops))
         grammar = held_to.grammar(parser) if held_to else ""
+        trigger = None
         if turn.tools and style is not None:
-            grammar = turn.tools.grammar(style, calls, parser, loaded.tokenizer) if calls else grammar
+            if calls:
+                grammar = turn.tools.grammar(style, calls, parser, loaded.tokenizer)
+            elif not grammar:
+                grammar, trigger = await turn.tools.sleeping(style, parser, loaded.tokenizer, services.formats, warnings)
             parser = turn.tools.parser(style, parser)
-        params = _params(loaded, options, request, stops, grammar)
+        params = msgspec.structs.replace(_params(loaded, options, request, stops, grammar), trigger=trigger)
         if turn.echo:
             first = (first_logprob(loaded.tokenizer, prompt.ids[0]),) if params.logprobs >= 0 and prompt.ids else ()
             yield Said(Piece(prompt.text, prompt_logprobs=first), _MORE, [])

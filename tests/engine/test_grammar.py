@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ollamapy.engine.grammar import Grammar, Grammars, Vocabulary, constrain
+from ollamapy.engine.grammar import Grammar, Vocabulary, constrain
+from ollamapy.engine.grammars import Grammars
 from ollamapy.errors import EngineError
 from tests.engine.fake import VOCAB, Answer, Run, alone
 

@@ -175,3 +175,75 @@ def test_what_cannot_be_honoured(api: openai.OpenAI, model: str, fields: dict[st
     with pytest.raises(openai.BadRequestError) as caught:
         ask(api, model, **fields)
     assert text in caught.value.message
+
+
+def strict(value: bool, **more: Any) -> Any:
+    return [{"type": "function", "function": {**tool["function"], "strict": value, **more}} for tool in TOOLS]
+
+
+@pytest.fixture
+def caller(client_of_module: ollama.Client, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A model that says "sure", then `request.param` in tokens, and what a grammar lets it; again and again."""
+    pieces, template = request.param
+    types = [2, 3, 3, *256 * [6], 1, *(4 if len(pieces) == 1 else 1 for _ in pieces), 1]
+    path = write_scripted(tmp_path / "m.gguf", ["▁sure", *pieces, "▁what"], tokenizer__ggml__token_type=types)
+    client_of_module.create("caller", files={"m.gguf": client_of_module.create_blob(path)}, template=TEMPLATES[template])
+    yield "caller"
+    client_of_module.generate("caller", keep_alive=0)
+    client_of_module.delete("caller")
+
+
+def say(api: openai.OpenAI, model: str, tools: Any, **fields: Any) -> tuple[str, list[Any]]:
+    """Text and calls, whose arguments fit."""
+    message = ask(api, model, tool_choice="auto", tools=tools, **{"max_tokens": 1000, **fields}).message
+    for call in message.tool_calls or []:
+        schema = SCHEMAS[call.function.name]
+        jsonschema.Draft202012Validator(schema).validate(json.loads(call.function.arguments))
+    return message.content or "", message.tool_calls or []
+
+
+@pytest.mark.parametrize("caller", [(["<tool_call>"], "hermes"), (["[TOOL_CALLS]"], "mistral")], indirect=True)
+def test_a_call_that_the_model_begins_fits(api: openai.OpenAI, caller: str) -> None:
+    """Where its marker is a token: without being asked to, and nothing before the marker changes."""
+    for speculation in ("off", "auto"):
+        text, calls = say(api, caller, TOOLS, speculation=speculation, parallel_tool_calls=False)
+        assert text.strip().startswith("sure") and len(calls) >= 2, "and again, when it is done with one"
+    assert say(api, caller, TOOLS, max_tokens=1)[0].strip() == "sure"
+    again, same = say(api, caller, strict(True), parallel_tool_calls=False)
+    assert (again, [call.function for call in same]) == (text, [call.function for call in calls])
+
+
+@pytest.mark.parametrize("caller", [(["<tool", "_call>"], "hermes")], indirect=True)
+def test_a_marker_that_is_spelled_takes_a_strict_tool(api: openai.OpenAI, caller: str) -> None:
+    free, none = say(api, caller, TOOLS)
+    assert not none and "what" in free, "it may be text that only looks like a call"
+    text, calls = say(api, caller, strict(True))
+    assert text.strip().startswith("sure") and len(calls) >= 2
+    assert say(api, caller, strict(False)) == (free, [])
+
+
+@pytest.mark.parametrize("caller", [(["<tool_call>"], "hermes")], indirect=True)
+def test_a_schema_that_cannot_be_kept_is_told(daemon: Daemon, api: openai.OpenAI, caller: str) -> None:
+    bad = {"type": "object", "properties": {"a": {"not": {}}}}
+    body = {"model": caller, "messages": ASK, "options": {"num_predict": 60, "temperature": 0}, "stream": False}
+    made = daemon.post("/api/chat", {**body, "tools": strict(False, parameters=bad)})
+    assert made.status_code == 200 and "weather: the arguments of its calls are not held" in made.headers["x-ollamapy-warning"]
+    assert all(isinstance(call["function"]["arguments"], dict) for call in made.json()["message"].get("tool_calls", []))
+    refused = daemon.post("/api/chat", {**body, "tools": strict(True, parameters=bad)})
+    assert refused.status_code == 400 and "tools: weather: " in refused.json()["error"]
+
+
+def test_a_real_models_call_fits_when_strict(daemon: Daemon, api: openai.OpenAI) -> None:
+    """SmolLM2 has seen calls in this chat; free, it asks for 40 days, which the schema does not have."""
+    shown: list[dict[str, str]] = []
+    for city, days in (("Paris", 3), ("Oslo", 2), ("Paris", 5)):
+        call = json.dumps({"name": "weather", "arguments": {"city": city, "days": days}})
+        shown.append({"role": "user", "content": f"Weather in {city} for {days} days?"})
+        shown.append({"role": "assistant", "content": f"<tool_call>\n{call}\n</tool_call>"})
+    messages = [*shown, {"role": "user", "content": "Weather in Rome for 40 days?"}]
+    body = {"model": "hermes", "messages": messages, "stream": False, "options": {"num_predict": 80, "temperature": 0}}
+    found = []
+    for value in (False, True):
+        (call, *_) = daemon.post("/api/chat", {**body, "tools": strict(value)}).json()["message"]["tool_calls"]
+        found.append(jsonschema.Draft202012Validator(SCHEMAS["weather"]).is_valid(call["function"]["arguments"]))
+    assert found == [False, True]
