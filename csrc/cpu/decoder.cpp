@@ -61,7 +61,14 @@ void fill_sequences(const char* op, Paged& p, int64_t num_tokens, const Tensor& 
     STD_TORCH_CHECK(rows >= 0 && rows <= lens[s] && used <= blocks, op, ": sequence ", s, " has ", rows, " rows, ", lens[s], " tokens and ", blocks, " blocks");
     for (int64_t b = 0; b < used; b++)
       STD_TORCH_CHECK(table[s * blocks + b] >= 0 && table[s * blocks + b] < p.num_blocks, op, ": block ", table[s * blocks + b], " is not one of ", p.num_blocks);
-    for (int64_t row = 0; row < rows; row += kQueryTile) p.items.push_back({int32_t(s), int32_t(row), int32_t(std::min(row + kQueryTile, rows))});
+    const int64_t chunks = (int64_t(lens[s]) + kChunk - 1) / kChunk;
+    for (int64_t row = 0; row < rows; row += kQueryTile) {
+      const int64_t end = std::min(row + kQueryTile, rows);
+      p.items.push_back({int32_t(s), int32_t(row), int32_t(end), p.tokens.pairs});
+      p.tokens.pairs += (end - row) * chunks;
+      p.tokens.most_rows = std::max(p.tokens.most_rows, end - row);
+      p.tokens.most_chunks = std::max(p.tokens.most_chunks, chunks);
+    }
   }
   // The longest work first, so that threads end together.
   std::stable_sort(p.items.begin(), p.items.end(), [&](const AttendItem& a, const AttendItem& b) {
@@ -77,6 +84,12 @@ void fill_sequences(const char* op, Paged& p, int64_t num_tokens, const Tensor& 
   p.tokens.items = p.items.data();
   p.tokens.num_items = int64_t(p.items.size());
 }
+
+// Floats for the results of chunks, 0 where none are shared out.
+int64_t partial_floats(const Tokens& t, const AttentionShape& a) {
+  return attention_spans(t, a.kv_heads, team::size()) == 1 ? 0 : t.pairs * a.heads * (a.value_length + kPartialExtra);
+}
+float* partials(int64_t floats) { return floats ? Scratch::floats(Scratch::kPartials, floats) : nullptr; }
 
 void fill_slots(const char* op, Paged& p, const Tensor& slots, int64_t num_tokens) {
   check_vector(op, "slots", slots, ScalarType::Long, num_tokens);
@@ -116,12 +129,11 @@ Tensor attention(Tensor q, Tensor key, Tensor value, Tensor block_table, Tensor 
   fill_sequences("attention", p, q.size(0), block_table, query_start, seq_lens);
   if (sinks) check_vector("attention", "sinks", *sinks, ScalarType::Float, heads);
   Tensor out = torch::stable::empty({q.size(0), heads * a.value_length}, ScalarType::Float);
-  struct Call { const AttentionShape& a; const Tokens& t; const Cache& cache; const float *sinks, *q; float* y; int64_t next; };
-  Call call{a, p.tokens, cache, sinks ? data<float>(*sinks) : nullptr, data<float>(q), data<float>(out), 0};
-  team::run(int(std::min<int64_t>(team::size(), p.tokens.num_items * a.kv_heads)), [](void* argument, int, int) {
-    Call& c = *static_cast<Call*>(argument);
-    kernels().attention(c.a, c.t, c.cache, c.sinks, c.q, c.y, &c.next);
-  }, &call);
+  int64_t next = 0;
+  AttentionRun run{&a, &p.tokens, &cache, sinks ? data<float>(*sinks) : nullptr, data<float>(q), data<float>(out), heads * a.key_length,
+                   heads * a.value_length, partials(partial_floats(p.tokens, a)), &next};
+  const int threads = run.partials ? team::size() : int(std::min<int64_t>(team::size(), p.tokens.num_items * a.kv_heads));
+  team::run(threads, [](void* argument, int index, int count) { kernels().attention(*static_cast<AttentionRun*>(argument), index, count); }, &run);
   return out;
 }
 
@@ -139,9 +151,10 @@ Entries make_entries(int64_t tokens, int64_t used, int64_t experts) {
 }
 
 // For the widest of the layers. Rows are tokens, behind a router entries; quantized weights take each in so many planes.
-Buffers make_buffers(const std::vector<const Layer*>& layers, int64_t tokens, int64_t length) {
+Buffers make_buffers(const std::vector<const Layer*>& layers, const Tokens& batch, int64_t length) {
   Buffers b{};
-  int64_t acts = 0, gathered = 0, used = 1, experts = 0, planes = 1;
+  const int64_t tokens = batch.num_tokens;
+  int64_t acts = 0, gathered = 0, used = 1, experts = 0, planes = 1, shared = 0;
   const auto bytes = [](const Layer& l, const Weight& w) { return w.kernels->dense ? w.k * 4 : l.planes * (w.k + w.k / 32 * 28); };
   b.ldrow = length;
   for (const Layer* l : layers) {
@@ -155,6 +168,7 @@ Buffers make_buffers(const std::vector<const Layer*>& layers, int64_t tokens, in
     acts = std::max(acts, entries * bytes(*l, l->down));
     used = std::max(used, entries);
     planes = std::max<int64_t>(planes, l->planes);
+    shared = std::max(shared, partial_floats(batch, a));
     if (!l->routing.experts) continue;
     gathered = std::max({gathered, entries * bytes(*l, l->gate), bytes(*l, l->router)});
     experts = std::max<int64_t>(experts, l->routing.experts);
@@ -166,6 +180,7 @@ Buffers make_buffers(const std::vector<const Layer*>& layers, int64_t tokens, in
   b.attn = Scratch::floats(Scratch::kAttn, tokens * b.ldattn);
   b.ffn = Scratch::floats(Scratch::kFfn, rows * used * b.ldffn);
   b.out = Scratch::floats(Scratch::kOut, rows * used * b.ldout);
+  b.partials = partials(shared);
   b.rows = Scratch::floats(Scratch::kRows, team::size() * 2 * b.ldrow);
   if (!experts) return b;
   b.ldlogits = (experts + 15) / 16 * 16;
@@ -219,7 +234,7 @@ void decoder(std::vector<int64_t> handles, Tensor hidden, Tensor positions, std:
     STD_TORCH_CHECK(!l.temper || temperature, "decoder: layer ", i, " wants a temperature");
   }
   std::vector<int64_t> next(count);
-  Buffers buffers = make_buffers(layers, n, length);
+  Buffers buffers = make_buffers(layers, *tokens[0], length);
   buffers.next = next.data();
   DecoderRun run{layers.data(), caches.data(), int64_t(count), tokens.data(), &buffers, data<float>(hidden), length};
   team::run(team::size(), [](void* argument, int index, int threads) { kernels().decoder(*static_cast<DecoderRun*>(argument), index, threads); }, &run);

@@ -68,17 +68,31 @@ struct Layer {
 
 struct AttendItem {  // query rows [row0, row1) of a sequence
   int32_t seq, row0, row1;
+  int64_t first;  // of its (row, chunk) pairs among those of all items
 };
+constexpr int kChunk = 256;           // keys of a softmax of its own
+constexpr int kPartialExtra = 16;     // floats behind the values of a chunk: its largest score and its sum
+constexpr int64_t kMostRowsApart = 4;  // query rows of an item whose chunks may be shared out
 
 struct Tokens {  // the batch
   int64_t num_tokens, num_seqs, max_blocks;
   const int64_t *positions, *slots;
   const int32_t *block_table, *query_start, *seq_lens;
   const AttendItem* items;
-  int64_t num_items;
+  int64_t num_items, most_rows, most_chunks;  // rows of an item, and chunks of its keys
+  int64_t pairs;                              // (row, chunk) pairs of all items
   const float* const* ropes;  // per rope_index: (positions, n_rot), n_rot / 2 cosines then as many sines
   const float* temperature;   // (num_tokens,) or null
 };
+
+// Into how many spans of chunks the keys of an item and KV head are cut, so that `threads` get even work.
+__attribute__((always_inline)) inline int attention_spans(const Tokens& t, int kv_heads, int threads) {
+  const int64_t total = t.num_items * kv_heads;
+  if (t.most_rows > kMostRowsApart || t.most_chunks < 2 || total >= 8 * int64_t(threads)) return 1;
+  int64_t a = total, b = threads;  // to their greatest common divisor
+  while (b) { const int64_t rest = a % b; a = b; b = rest; }
+  return a ? int(threads / a) : 1;
+}
 
 struct Job {  // one of several matmuls side by side: acts and y as in `MatmulKernels`, the planes of m rows one after the other
   const Weight* w;
@@ -98,11 +112,23 @@ struct Buffers {  // rows of tokens, or of entries, times planes; row lengths in
   uint8_t *acts, *gathered;
   float *qkv, *attn, *ffn, *out, *logits;
   int64_t ldqkv, ldattn, ldffn, ldout, ldlogits;
+  float* partials; // attention's chunks where they are shared out: (pairs, heads, value_length + kPartialExtra)
   float* rows;     // (threads, 2, ldrow): a row, and what rounding lost of one
   int64_t ldrow;
   Entries entries;
   Job* jobs;       // (2 * experts,)
   int64_t* next;   // (layers,) attention items handed out, zero at the start
+};
+
+struct AttentionRun {
+  const AttentionShape* shape;
+  const Tokens* tokens;
+  const Cache* cache;
+  const float *sinks, *q;  // (heads,) or null; (num_tokens, ldq)
+  float* y;                // (num_tokens, ldy)
+  int64_t ldq, ldy;
+  float* partials;         // see Buffers; null: nothing is shared out
+  int64_t* next;           // items handed out, zero at the start
 };
 
 struct DecoderRun {

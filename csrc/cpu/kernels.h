@@ -34,8 +34,8 @@ struct Kernels {
   // This thread's part of a run through decoder layers; all `count` threads of the team call it.
   void (*decoder)(const DecoderRun& run, int index, int count);
 
-  // Paged attention of a batch, on as many threads as call it; `next` counts the items handed out. sinks: (heads,) or null.
-  void (*attention)(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, float* y, int64_t* next);
+  // This thread's part of a batch's paged attention; all `count` threads of the team call it.
+  void (*attention)(const AttentionRun& run, int index, int count);
 
   // Keys (n, kv_heads * key_length) and values of rows [begin, end) to their slots.
   void (*write_cache)(const AttentionShape& a, const Cache& cache, const int64_t* slots, const float* k, const float* v, int64_t begin, int64_t end);

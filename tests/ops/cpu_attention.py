@@ -153,6 +153,28 @@ def check_batches_and_chunks() -> None:
         cpu_kernels.kernels().set_threads(2)
 
 
+def check_chunks_shared_out() -> None:
+    """Where threads share the keys of a head they leave no bit: 1 to 4 threads, 1 to 5 KV heads, 1 to 4 rows of a sequence."""
+    for heads, options in (
+        ((3, 1), {}),
+        ((9, 3), {"window": 300}),
+        ((4, 1), {"sinks": SINKS, "cap": 2.0, "window": 257}),
+        ((5, 5), {"causal": False}),
+    ):
+        for dtype in (torch.float16, torch.uint8):
+            s = make([1100, 513], heads, (32, 64), dtype)
+            cpu_kernels.kernels().set_threads(1)
+            ones = [s.run([i], [len(s.q[i])], [len(s.q[i])], scale=0.2, **options)[0] for i in range(2)]
+            for threads in (1, 2, 3, 4):
+                cpu_kernels.kernels().set_threads(threads)
+                for rows in (1, 2, 4, 5):
+                    alone = s.run([0], [rows], [1100], scale=0.2, **options)[0]
+                    assert torch.equal(alone, ones[0][1100 - rows :]), (heads, dtype, threads, rows)
+                both = s.run([1, 0], [1, 2], [513, 1100], scale=0.2, **options)
+                assert torch.equal(both[0], ones[1][512:]) and torch.equal(both[1], ones[0][1098:]), (heads, dtype, threads)
+            cpu_kernels.kernels().set_threads(2)
+
+
 def check_write_kv() -> None:
     """Rows go to their slots in the cache's type, rounded to nearest even; other slots and rows beyond the slots stay."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -218,4 +240,12 @@ def check_nan_in_a_sequence() -> None:
 
 
 def checks() -> list[Any]:
-    return [check_options, check_shapes, check_batches_and_chunks, check_write_kv, check_write_q8_0, check_nan_in_a_sequence]
+    return [
+        check_options,
+        check_shapes,
+        check_batches_and_chunks,
+        check_chunks_shared_out,
+        check_write_kv,
+        check_write_q8_0,
+        check_nan_in_a_sequence,
+    ]

@@ -249,6 +249,24 @@ def check_rows_are_alone() -> None:
         assert torch.equal(got[:33], whole[:33]) and torch.equal(got[34:], whole[34:]) and got[33].isnan().all()
 
 
+def check_chunks_shared_out() -> None:
+    """A long context's keys are shared out among threads when there are fewer KV heads: the bits of one thread, in every layer,
+    whatever heads the layers have."""
+    for names, type in ((("plain", "window", "all"), GGMLType.Q8_0), (("heads", "plain", "all"), GGMLType.F32)):
+        layers = Layers([spec_of(name) for name in names], type)
+        x = torch.randn(700, LENGTH, generator=torch.Generator().manual_seed(5))
+        found = []
+        for threads in (1, 2, 3):
+            cpu_kernels.kernels().set_threads(threads)
+            layers.caches[0] = [ops.new_cache(block.state, 45, 16, torch.float16, CPU) for block in layers.blocks]
+            steps = ((0, 600), (600, 601), (601, 604), (604, 700))
+            table = list(range(44))
+            parts = [layers.fused(x[start:stop], make_batch([table], [stop - start], [stop], 16)) for start, stop in steps]
+            found.append(torch.cat(parts))
+        cpu_kernels.kernels().set_threads(2)
+        assert found[0].isfinite().all() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def check_misfits() -> None:
     """Layers that the fused kernel does not take are run op by op, not refused at load."""
     block = DecoderBlock(spec_of("plain"), 0)
@@ -279,5 +297,5 @@ def checks() -> list[Any]:
     ops.choose(CPU)
     return [
         *(check_norm, check_dense, check_quantized, check_experts, check_bad_numbers_choose_experts),
-        *(check_rows_are_alone, check_misfits),
+        *(check_rows_are_alone, check_chunks_shared_out, check_misfits),
     ]

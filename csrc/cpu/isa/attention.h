@@ -8,7 +8,7 @@
 namespace ollamapy::OLLAMAPY_ISA {
 namespace {
 
-constexpr int kChunk = 256, kMaxHead = 256;
+constexpr int kMaxHead = 256;
 
 template <CacheType C>
 struct PagedHead {  // the keys and values of one KV head of one sequence
@@ -23,6 +23,12 @@ struct AttendRow {
   float* y;            // (value_length,)
   int position;        // absolute
   const float* sink;   // an extra logit in the denominator, or null
+  float* partials;     // of its chunks, `stride` floats apart, where they are shared out
+  int64_t stride;
+};
+
+struct Span {  // the index-th of so many equal parts of an item's chunks
+  int index, count;
 };
 
 // What a chunk reads, in that order: the keys of its blocks, their values, and the first keys of the chunk behind it. Blocks lie
@@ -138,16 +144,16 @@ INLINE void soften(const AttentionShape& a, float* score, int blocks, int low, i
   sum = reduce_add(total);
 }
 
-// R rows over keys [begin, end); row r sees keys [low[r], high[r]). asked: how many of the first blocks' keys are on their way;
-// becomes that of the next chunk.
+// R rows over keys [begin, end); row r sees keys [low[r], high[r]). Gives the softmax of the chunk: the rows' largest scores, sums and
+// weighted values. asked: how many of the first blocks' keys are on their way; becomes that of the next chunk.
 template <CacheType C, int R>
-void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, Running* running, const int* low, const int* high, int begin, int end, int& asked) {
+void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, float* const* parts, float* top, float* sum, const int* low, const int* high, int begin,
+                  int end, int& asked) {
   constexpr int kScoreBlocks = R <= 2 ? 8 : R <= 4 ? 4 : 2, kValueVectors = kScoreBlocks;  // chains enough to hide latency
   const AttentionShape& a = h.shape;
   alignas(64) float score[R][kChunk];
-  alignas(64) float part[R][kMaxHead];
   const float *q[R], *weight[R];
-  float *out[R], *parts[R], top[R], sum[R];
+  float* out[R];
   const int blocks = (end - begin + 15) / 16;
   const int64_t key_bytes = head_bytes<C>(a.key_length), value_bytes = head_bytes<C>(a.value_length);
   Reads reads;
@@ -162,7 +168,7 @@ void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, Running* running
   }
   reads.count = 2 * blocks;
   for (int b = blocks; b < blocks + ahead && begin + 16 * b < h.length; b++) reads.parts[reads.count++] = h.keys + block(b) * key_bytes;
-  for (int r = 0; r < R; r++) q[r] = rows[r].q, weight[r] = score[r], parts[r] = part[r];
+  for (int r = 0; r < R; r++) q[r] = rows[r].q, weight[r] = score[r];
   for (int b = 0; b < blocks;) {
     for (int r = 0; r < R; r++) out[r] = score[r] + 16 * b;
     reads.ask(b + (b + kScoreBlocks <= blocks ? kScoreBlocks : 1) + ahead);
@@ -184,52 +190,84 @@ void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, Running* running
   }
   reads.ask(reads.count);
   asked = reads.count - 2 * blocks;
-  for (int r = 0; r < R; r++) merge(running[r], rows[r].y, top[r], sum[r], part[r], a.value_length);
+}
+
+// The keys [low, high) that a row sees. A window is the last keys, itself included; without causality, half of it on either side.
+INLINE void visible(const AttentionShape& a, int length, int position, int& low, int& high) {
+  const int ahead = a.causal ? 0 : a.window > 0 ? a.window / 2 : length;
+  const int behind = a.window == 0 ? position : a.causal ? a.window - 1 : a.window / 2;
+  high = ahead < length - position ? position + ahead + 1 : length;
+  low = behind < position ? position - behind : 0;
+}
+
+// Divides a row's sum of values by that of its weights, the sink's included.
+INLINE void finish(const AttendRow& row, const Running& running, int n) {
+  float sum = running.sum, scale = 1.0f;
+  if (row.sink) {
+    const float most = running.top > *row.sink ? running.top : *row.sink;
+    alignas(64) float weight[16] = {running.top - most, *row.sink - most};
+    store(weight, exp(load(weight)));
+    scale = weight[0];
+    sum = sum * weight[0] + weight[1];
+  }
+  const F inverse = splat(sum > 0 ? scale / sum : 0.0f);
+  for (int i = 0; i < n; i += 16) store(row.y + i, mul(load(row.y + i), inverse));
+}
+
+// A row from the partial results of all its chunks: the same merges in the same order as where one thread had them all.
+INLINE void merge_partials(const AttentionShape& a, const AttendRow& row, int length) {
+  int low, high;
+  visible(a, length, row.position, low, high);
+  Running running = {-__builtin_inff(), 0.0f};
+  for (int chunk = low / kChunk; chunk * kChunk < high; chunk++) {
+    const float* part = row.partials + chunk * row.stride;
+    merge(running, row.y, part[a.value_length], part[a.value_length + 1], part, a.value_length);
+  }
+  finish(row, running, a.value_length);
 }
 
 template <CacheType C, int R>
-void attend_block(const PagedHead<C>& h, const AttendRow* rows) {
+void attend_block(const PagedHead<C>& h, const AttendRow* rows, const Span& span) {
   const AttentionShape& a = h.shape;
+  alignas(64) float part[R][kMaxHead];
   Running running[R];
+  float *parts[R], top[R], sum[R];
   int low[R], high[R], first = h.length, last = 0;
   for (int r = 0; r < R; r++) {
     running[r] = {-__builtin_inff(), 0.0f};
-    // A window is the last keys, itself included; without causality, half of it on either side.
-    const int p = rows[r].position, ahead = a.causal ? 0 : a.window > 0 ? a.window / 2 : h.length;
-    const int behind = a.window == 0 ? p : a.causal ? a.window - 1 : a.window / 2;
-    high[r] = ahead < h.length - p ? p + ahead + 1 : h.length;
-    low[r] = behind < p ? p - behind : 0;
+    parts[r] = part[r];
+    visible(a, h.length, rows[r].position, low[r], high[r]);
     first = low[r] < first ? low[r] : first;
     last = high[r] > last ? high[r] : last;
   }
+  const int from = first / kChunk, count = (last + kChunk - 1) / kChunk - from;
+  const int stop = from + int(int64_t(count) * (span.index + 1) / span.count);
   int asked = 0;
-  for (int begin = first / kChunk * kChunk; begin < last; begin += kChunk)
-    attend_chunk<C, R>(h, rows, running, low, high, begin, begin + kChunk < last ? begin + kChunk : last, asked);
-  for (int r = 0; r < R; r++) {
-    float sum = running[r].sum, scale = 1.0f;
-    if (rows[r].sink) {
-      const float most = running[r].top > *rows[r].sink ? running[r].top : *rows[r].sink;
-      alignas(64) float weight[16] = {running[r].top - most, *rows[r].sink - most};
-      store(weight, exp(load(weight)));
-      scale = weight[0];
-      sum = sum * weight[0] + weight[1];
+  for (int chunk = from + int(int64_t(count) * span.index / span.count); chunk < stop; chunk++) {
+    const int begin = chunk * kChunk, end = begin + kChunk < last ? begin + kChunk : last;
+    if (span.count > 1)
+      for (int r = 0; r < R; r++) parts[r] = rows[r].partials + chunk * rows[r].stride;
+    attend_chunk<C, R>(h, rows, parts, top, sum, low, high, begin, end, asked);
+    for (int r = 0; r < R; r++) {
+      if (span.count == 1) merge(running[r], rows[r].y, top[r], sum[r], parts[r], a.value_length);
+      else parts[r][a.value_length] = top[r], parts[r][a.value_length + 1] = sum[r];
     }
-    const F inverse = splat(sum > 0 ? scale / sum : 0.0f);
-    for (int i = 0; i < a.value_length; i += 16) store(rows[r].y + i, mul(load(rows[r].y + i), inverse));
   }
+  if (span.count > 1) return;
+  for (int r = 0; r < R; r++) finish(rows[r], running[r], a.value_length);
 }
 
 // n rows (at most 8) of one KV head, in the blocks of 8, 4, 3, 2, 1 that fit (portable: 1, the others compile slowly).
 template <CacheType C>
-INLINE void attend_rows(const PagedHead<C>& h, const AttendRow* rows, int n) {
+INLINE void attend_rows(const PagedHead<C>& h, const AttendRow* rows, int n, const Span& span) {
   while (n > 0) {
     const int take = kPortable ? 1 : n >= 8 ? 8 : n >= 4 ? 4 : n;
-    if constexpr (kPortable) attend_block<C, 1>(h, rows);
-    else if (take == 8) attend_block<C, 8>(h, rows);
-    else if (take == 4) attend_block<C, 4>(h, rows);
-    else if (take == 3) attend_block<C, 3>(h, rows);
-    else if (take == 2) attend_block<C, 2>(h, rows);
-    else attend_block<C, 1>(h, rows);
+    if constexpr (kPortable) attend_block<C, 1>(h, rows, span);
+    else if (take == 8) attend_block<C, 8>(h, rows, span);
+    else if (take == 4) attend_block<C, 4>(h, rows, span);
+    else if (take == 3) attend_block<C, 3>(h, rows, span);
+    else if (take == 2) attend_block<C, 2>(h, rows, span);
+    else attend_block<C, 1>(h, rows, span);
     rows += take;
     n -= take;
   }

@@ -114,38 +114,59 @@ void prepare_heads(const Layer& l, const Tokens& t, const Cache& cache, float* q
 
 constexpr int kRowsAtOnce = 8;
 
-// Query rows [row0, row1) of a sequence and all query heads of one KV head. q: (tokens, ldq); y: (tokens, ldy).
+// Row `row` of an item for query head h.
+AttendRow row_of(const AttentionRun& run, const AttendItem& item, int row, int h) {
+  const AttentionShape& a = *run.shape;
+  const Tokens& t = *run.tokens;
+  const int64_t token = t.query_start[item.seq] + row, chunks = (t.seq_lens[item.seq] + kChunk - 1) / kChunk;
+  const int position = t.seq_lens[item.seq] - t.query_start[item.seq + 1] + int(token);
+  const int64_t stride = a.value_length + kPartialExtra, pair = item.first + (row - item.row0) * chunks;
+  return {run.q + token * run.ldq + h * a.key_length, run.y + token * run.ldy + h * a.value_length, position, run.sinks ? run.sinks + h : nullptr,
+          run.partials ? run.partials + (pair * a.heads + h) * stride : nullptr, a.heads * stride};
+}
+
+// An item's rows and all query heads of one KV head, over a span of its keys.
 template <CacheType C>
-void attend_item(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, int64_t ldq, float* y,
-                 int64_t ldy, const AttendItem& item, int kv_head) {
-  const int group = a.heads / a.kv_heads, length = t.seq_lens[item.seq];
-  const int64_t start = t.query_start[item.seq];
-  const int first = length - int(t.query_start[item.seq + 1] - start);
-  const PagedHead<C> head{a, cache.keys, cache.values, t.block_table + item.seq * t.max_blocks, kv_head, length};
+void attend_item(const AttentionRun& run, const AttendItem& item, int kv_head, const Span& span) {
+  const AttentionShape& a = *run.shape;
+  const Tokens& t = *run.tokens;
+  const int group = a.heads / a.kv_heads;
+  const PagedHead<C> head{a, run.cache->keys, run.cache->values, t.block_table + item.seq * t.max_blocks, kv_head, t.seq_lens[item.seq]};
   AttendRow rows[kRowsAtOnce];
   int n = 0;
   for (int row = item.row0; row < item.row1; row++)
     for (int h = kv_head * group; h < (kv_head + 1) * group; h++) {
-      rows[n++] = {q + (start + row) * ldq + h * a.key_length, y + (start + row) * ldy + h * a.value_length, first + row,
-                   sinks ? sinks + h : nullptr};
+      rows[n++] = row_of(run, item, row, h);
       if (n == kRowsAtOnce) {
-        attend_rows(head, rows, n);
+        attend_rows(head, rows, n, span);
         n = 0;
       }
     }
-  attend_rows(head, rows, n);
+  attend_rows(head, rows, n, span);
 }
 
-void attend(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, int64_t ldq, float* y,
-            int64_t ldy, int64_t* next) {
-  const int64_t total = t.num_items * a.kv_heads;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < total;) {
-    const AttendItem& item = t.items[i / a.kv_heads];
-    const int head = int(i % a.kv_heads);
-    if (cache.type == kCacheF16) attend_item<kCacheF16>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
-    else if (cache.type == kCacheBF16) attend_item<kCacheBF16>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
-    else if (cache.type == kCacheQ8_0) attend_item<kCacheQ8_0>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
-    else attend_item<kCacheF32>(a, t, cache, sinks, q, ldq, y, ldy, item, head);
+// Items by KV heads are handed out one after the other; cut into spans, their chunks' results are merged when all are there.
+void attend(const AttentionRun& run, const Thread& thread) {
+  const AttentionShape& a = *run.shape;
+  const Tokens& t = *run.tokens;
+  const int spans = run.partials ? attention_spans(t, a.kv_heads, thread.count) : 1, type = run.cache->type;
+  const int64_t total = t.num_items * a.kv_heads * spans;
+  for (int64_t i; (i = __atomic_fetch_add(run.next, 1, __ATOMIC_RELAXED)) < total;) {
+    const AttendItem& item = t.items[i / spans / a.kv_heads];
+    const int head = int(i / spans % a.kv_heads);
+    const Span span = {int(i % spans), spans};
+    if (type == kCacheF16) attend_item<kCacheF16>(run, item, head, span);
+    else if (type == kCacheBF16) attend_item<kCacheBF16>(run, item, head, span);
+    else if (type == kCacheQ8_0) attend_item<kCacheQ8_0>(run, item, head, span);
+    else attend_item<kCacheF32>(run, item, head, span);
+  }
+  if (spans == 1) return;
+  thread.meet();
+  int64_t begin, end;
+  thread.share(t.num_items * a.heads, begin, end);
+  for (int64_t i = begin; i < end; i++) {
+    const AttendItem& item = t.items[i / a.heads];
+    for (int row = item.row0; row < item.row1; row++) merge_partials(a, row_of(run, item, row, int(i % a.heads)), t.seq_lens[item.seq]);
   }
 }
 
@@ -206,7 +227,7 @@ struct LayerRun {
     multiply(jobs, l.k.kernels ? 3 : 1, b.ldqkv);
     for (int64_t i = begin; i < end; i++) prepare_heads(l, t, cache, b.qkv + i * b.ldqkv, i);
     thread.meet();
-    attend(a, t, cache, l.sinks, b.qkv, b.ldqkv, b.attn, b.ldattn, next);
+    attend({&a, &t, &cache, l.sinks, b.qkv, b.attn, b.ldqkv, b.ldattn, b.partials, next}, thread);
     thread.meet();
     for (int64_t i = begin; i < end; i++) record(b.attn + i * b.ldattn, l.o, b.acts, i, t.num_tokens);
     const Job out = job(l.o, b.out);
@@ -330,9 +351,7 @@ void quantize_rows_planes(const float* x, int64_t k, uint8_t* acts, int64_t rows
 
 void sum_planes(float* y, int64_t ldy, int64_t m, int planes, int64_t begin, int64_t end) { add_planes(y, ldy, m, planes, begin, end); }
 
-void run_attention(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, float* y, int64_t* next) {
-  attend(a, t, cache, sinks, q, int64_t(a.heads) * a.key_length, y, int64_t(a.heads) * a.value_length, next);
-}
+void run_attention(const AttentionRun& run, int index, int count) { attend(run, {index, count}); }
 
 void write_cache(const AttentionShape& a, const Cache& cache, const int64_t* slots, const float* k, const float* v, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++)

@@ -19,7 +19,7 @@ void norm_rows(const float* x, const float* w, float* y, int64_t n, float eps, i
 void quantize_rows_planes(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end);
 void sum_planes(float* y, int64_t ldy, int64_t m, int planes, int64_t begin, int64_t end);
 void run_decoder(const DecoderRun& run, int index, int count);
-void run_attention(const AttentionShape& a, const Tokens& t, const Cache& cache, const float* sinks, const float* q, float* y, int64_t* next);
+void run_attention(const AttentionRun& run, int index, int count);
 void write_cache(const AttentionShape& a, const Cache& cache, const int64_t* slots, const float* k, const float* v, int64_t begin, int64_t end);
 bool lane_maxima(const float* x, int64_t groups, float* out);
 double exp_weights(const float* x, int64_t n, double best, double temperature, double* w);
