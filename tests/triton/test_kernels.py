@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from tests.triton.conftest import carry_launches
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+_LONGEST = ("check_model.py", "check_weights.py")
+FILES = sorted((path.name for path in HERE.glob("check_*.py")), key=lambda name: name not in _LONGEST)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -30,9 +34,22 @@ def run(*command: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-12000:]
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("check_*.py")))
-def test_interpreted(file: str) -> None:
-    run("-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / file), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@pytest.fixture(scope="module")
+def checks(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """The chosen files, two at a time: the interpreter knows one core."""
+
+    def interpret(file: str) -> None:
+        run("-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / file), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+    chosen = [item for item in request.session.items if getattr(item, "originalname", "") == "test_interpreted"]
+    with ThreadPoolExecutor(2) as pool:
+        yield {(file := item.callspec.params["file"]): pool.submit(interpret, file) for item in chosen}  # type: ignore[attr-defined]
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_interpreted(file: str, checks: dict[str, Future[None]]) -> None:
+    checks[file].result()
 
 
 def test_launches_are_carried() -> None:
