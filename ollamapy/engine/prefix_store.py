@@ -32,7 +32,7 @@ PAUSE = 60.0  # seconds without writes after one failed, as on a full disk
 ABANDONED = 600.0  # seconds after which a temporary file is of nobody
 KEPT = 0.9  # of the limit, when files are deleted because of it
 
-Pages = Mapping[int, bytes | bytearray]
+Pages = Mapping[int, bytes | bytearray | memoryview]
 """Layer group -> page."""
 
 
@@ -228,7 +228,7 @@ class PrefixStore:
             return None
         numbers = [group for group in range(64) if groups >> group & 1]
         body = content[HEADER.size :]
-        return {group: bytearray(body[i * page_bytes : (i + 1) * page_bytes]) for i, group in enumerate(numbers)}
+        return {group: body[i * page_bytes : (i + 1) * page_bytes] for i, group in enumerate(numbers)}
 
     def _make_room(self) -> None:
         """Deletes what was not used for longest when there is more than the limit, and what crashes have left."""

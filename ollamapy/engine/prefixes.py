@@ -64,8 +64,9 @@ class Prefixes:
 
     def __init__(self, blocks: BlockManager, tensors: ListLike[Tensor], store: PrefixStore) -> None:
         self.blocks, self.store, self.costs = blocks, store, Costs()
-        self._tensors = tensors
-        self._page_bytes = sum(tensor[0].nbytes for tensor in tensors)
+        self._rows = [tensor.view(tensor.shape[0], -1).view(torch.uint8) for tensor in tensors]  # (blocks, bytes)
+        self._sizes = [rows.shape[1] for rows in self._rows]  # of the parts of a page
+        self._page_bytes = sum(self._sizes)
         self._pending: dict[bytes, int] = {}  # digest -> groups, as bits
         self._restoring: dict[int, _Restore] = {}  # by request id
         self.num_restored_tokens = 0
@@ -121,11 +122,8 @@ class Prefixes:
 
     def _copied(self, block: int) -> bytearray:
         page = bytearray(self._page_bytes)
-        start = 0
-        for tensor in self._tensors:
-            row = tensor[block].reshape(-1).view(torch.uint8)
-            torch.frombuffer(page, dtype=torch.uint8, count=row.numel(), offset=start).copy_(row)
-            start += row.numel()
+        for part, rows in zip(torch.frombuffer(page, dtype=torch.uint8).split(self._sizes), self._rows, strict=True):
+            part.copy_(rows[block])
         return page
 
     # --- from the store -----------------------------------------------------------------------------------------
@@ -190,12 +188,9 @@ class Prefixes:
             block = self.blocks.adopt(group, digest) if len(page) == self._page_bytes else None
             if block is None:
                 continue
-            start = 0
-            for tensor in self._tensors:
-                row = tensor[block].view(-1).view(torch.uint8)
-                row.copy_(torch.frombuffer(page, dtype=torch.uint8, count=row.numel(), offset=start))
-                start += row.numel()
-            copied += start
+            for part, rows in zip(torch.frombuffer(page, dtype=torch.uint8).split(self._sizes), self._rows, strict=True):
+                rows[block].copy_(part)
+            copied += len(page)
         if copied:
             self.num_restored_tokens += self.blocks.block_size
         return copied
