@@ -100,25 +100,26 @@ def test_linear_refuses(csrc: Any, call: Callable[[Any, Tensor], Any], problem: 
         call(csrc, _tiles(csrc))
 
 
-def _mapped() -> int:
-    """Pages of this process's address space."""
-    return int(Path("/proc/self/statm").read_text().split()[0])
+def _mapped(address: int) -> bool:
+    spans = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in spans)
 
 
 def test_weights_leave_memory_together(csrc: Any) -> None:
     """They share regions of 256 MB, which go with the last of them; a weight that is larger has a region of its own."""
     rows = torch.arange(2048 * 34 * 32, dtype=torch.int32).to(torch.uint8).view(2048, -1)  # 1024 weights each
-    before = _mapped()
-    first, second = (csrc.pack_weight(rows + i, Q8, 1024) for i in range(2))
-    assert second.data_ptr() == first.data_ptr() + first.numel()
     large = csrc.pack_weight(rows.expand(130, -1, -1).contiguous(), Q8, 1024)
-    assert large.numel() > 256 << 20
-    assert torch.equal(large[129], first)
-    del first, large
+    first, second = (csrc.pack_weight(rows + i, Q8, 1024) for i in range(2))  # a region that nothing else is in
+    assert second.data_ptr() == first.data_ptr() + first.numel()
+    assert large.numel() > 256 << 20 and torch.equal(large[129], first)
+    addresses = [weight.data_ptr() for weight in (large, first, second)]
+    del large
+    assert [_mapped(address) for address in addresses] == [False, True, True]
+    del first
     assert torch.equal(csrc.unpack_weight(second, Q8, 2048, 1024), rows + 1)
-    assert _mapped() - before > (200 << 20) // 4096
+    assert [_mapped(address) for address in addresses] == [False, True, True]
     del second
-    assert _mapped() - before < (100 << 20) // 4096
+    assert [_mapped(address) for address in addresses] == [False, False, False]
 
 
 def test_no_rows(csrc: Any) -> None:
