@@ -122,9 +122,13 @@ class Prefixes:
 
     def _copied(self, block: int) -> bytearray:
         page = bytearray(self._page_bytes)
-        for part, rows in zip(torch.frombuffer(page, dtype=torch.uint8).split(self._sizes), self._rows, strict=True):
+        for part, rows in zip(self._parts(page), self._rows, strict=True):
             part.copy_(rows[block])
         return page
+
+    def _parts(self, page: bytes | bytearray | memoryview) -> ListLike[Tensor]:
+        """A page's bytes of each tensor, in its memory."""
+        return torch.split(torch.frombuffer(page, dtype=torch.uint8), self._sizes)
 
     # --- from the store -----------------------------------------------------------------------------------------
 
@@ -188,7 +192,7 @@ class Prefixes:
             block = self.blocks.adopt(group, digest) if len(page) == self._page_bytes else None
             if block is None:
                 continue
-            for part, rows in zip(torch.frombuffer(page, dtype=torch.uint8).split(self._sizes), self._rows, strict=True):
+            for part, rows in zip(self._parts(page), self._rows, strict=True):
                 rows[block].copy_(part)
             copied += len(page)
         if copied:

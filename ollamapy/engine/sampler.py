@@ -105,7 +105,7 @@ def penalize(logits: Tensor, sequences: ListLike[Sequence]) -> None:
 def choose(logits: Tensor, sequences: ListLike[Sequence]) -> list[int]:
     """Token id of each row; -1 where its largest logit is NaN or infinite."""
     params = mirostat.bound(logits, sequences)
-    uniforms = np.array([(_uniform(seq), _uniform(seq, 1)) for seq in sequences])
+    uniforms = np.array([(_uniform(seq), _uniform(seq, 1) if seq.params.xtc_probability > 0.0 else 1.0) for seq in sequences])
     tokens, probabilities = ops.draw(logits, params, uniforms)
     mirostat.learn(sequences, probabilities)
     found: list[int] = tokens.tolist()
