@@ -88,6 +88,8 @@ class Choice:
 
     def switch(self, device: torch.device) -> None:
         self.device, self.fn = device, self.resolved[device.type].fn
+        if device.index is not None and device.type != "cpu" and torch.accelerator.is_available():
+            torch.accelerator.set_device_index(device.index)  # of this thread: there Triton launches, wherever tensors are
 
     def pick(self, op: str, place: Place) -> Kernel:
         """The first candidate that can serve. A forced family goes first, not alone: it need not have every op."""

@@ -89,6 +89,18 @@ def test_precise_models_on_a_gpu_run_on_triton(device: str) -> None:
     assert picked[False]["attention"] is picked[True]["attention"]
 
 
+def test_kernels_are_launched_on_the_device_whose_turn_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the thread's current device, not on that of its tensors."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    choice = ops.Choice()
+    for name in ("cuda:1", "cpu", "cuda:0"):
+        choice.resolve(torch.device(name), "", (), False)
+    choice.switch(torch.device("cuda:1"))
+    assert current == [1, 0, 1]
+
+
 def test_unknown_family() -> None:
     with pytest.raises(UnsupportedModel, match='unknown kernel family "cutlass"'):
         ops.choose(CPU, "cutlass")
