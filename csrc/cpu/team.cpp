@@ -98,10 +98,12 @@ void* helper(void* argument) {
   for (uint32_t seen = born;;) {
     start.wait_beyond(seen, kIdleSpins, kIdleYields);
     seen += 1;
+    const bool ends = !current_work;
+    const int helpers = started - 1;
     if (thread < current_count) current_work(current_argument, thread, current_count);
-    if (finished.fetch_add(1) + 1 == started - 1) done.raise();
+    if (finished.fetch_add(1) + 1 == helpers) done.raise();
+    if (ends) return nullptr;
   }
-  return nullptr;
 }
 
 // A helper more. Helpers must take no signals: Python's handlers belong to the main thread.
@@ -124,7 +126,18 @@ bool start_helper() {
 }
 }  // namespace
 
-void set_size(int threads) { team_size = threads < kMaxThreads ? threads : kMaxThreads; }
+void set_size(int threads) {
+  std::lock_guard<std::mutex> only(one_caller);
+  team_size = threads < kMaxThreads ? threads : kMaxThreads;
+  if (started == 1) return;
+  current_work = nullptr;
+  current_count = 0;
+  finished.store(0);
+  const uint32_t seen = done.value.load();
+  start.raise();
+  done.wait_beyond(seen, kBarrierSpins);
+  started = 1;
+}
 int size() {
   if (team_size == 0) set_size(physical_cores());
   return team_size;

@@ -11,7 +11,9 @@ namespace ollamapy::team {
 
 using Work = void (*)(void* argument, int thread, int count);
 
-void set_size(int threads);  // of the team from now on, the caller included; at the start: the physical cores
+// Of the team from now on, the caller included; at the start: the physical cores. The helpers that are there end: those that a
+// load started have its niceness, and only a privileged thread could take it from them.
+void set_size(int threads);
 int size();
 
 // Runs work on `count` threads, the caller being thread 0, and returns when all have returned. One caller at a time.

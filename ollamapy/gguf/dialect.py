@@ -103,9 +103,10 @@ class Overlay(Mapping[str, Any]):
         self._changed[key] = lambda: self._base[key][:length]
 
     def array_length(self, key: str) -> int:
-        """Elements of an array without decoding it, where the base can tell."""
-        length = self._base.array_length(key) if isinstance(self._base, Metadata) else None
-        return len(self._base.get(key, ())) if length is None else length
+        """Elements of an array; it is decoded only where this or a layer below has changed it."""
+        if key in self._changed or not isinstance(self._base, Metadata | Overlay):
+            return len(self.get(key, ()))
+        return 0 if key in self._removed else self._base.array_length(key) or 0
 
 
 def normalise(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,45 @@ def test_two_teams_on_the_same_cores_share_them(program: Path) -> None:
     counts = [int(process.communicate(timeout=60)[0]) for process in both]
     print(f"alone {alone} runs a second, together {counts}: {sum(counts) / alone:.2f}")
     assert sum(counts) >= 0.25 * alone
+
+
+def test_helpers_of_a_load_do_not_stay_nice() -> None:
+    """A load packs at niceness 10; the helpers that generate afterwards must have the engine's own."""
+    script = """
+import os, threading, time, torch
+from ollamapy import extension
+library = extension.load()
+
+def nices():
+    return sorted(nice(task) for task in os.listdir("/proc/self/task"))
+
+def nice(task):
+    try:
+        return os.getpriority(os.PRIO_PROCESS, int(task)) - start
+    except ProcessLookupError:
+        return 99
+
+def become(expected):
+    for _ in range(1000):  # a thread that has ended is listed for a moment
+        if nices() == expected:
+            return
+        time.sleep(0.01)
+    raise AssertionError(nices())
+
+def load():
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), start + 5)
+    tiles.append(library.pack_weight(torch.zeros(65536, 34, dtype=torch.uint8), 8, 32))
+
+start, tiles = os.getpriority(os.PRIO_PROCESS, 0), []
+library.set_threads(2)
+thread = threading.Thread(target=load)
+thread.start()
+thread.join()
+become([0, 5])  # it packed with a helper
+library.set_threads(2)
+for _ in range(2):
+    library.linear(torch.zeros(64, 32), tiles[0], 8, 65536, None)
+    become([0, 0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -170,3 +170,21 @@ def test_overlay_answers_like_a_dict() -> None:
     assert dict(overlay) == {"c": 3, "y": 1, "d": 4} and "a" not in overlay and "z" not in overlay and len(overlay) == 3
     with pytest.raises(KeyError):
         overlay["a"]
+
+
+def test_lengths_through_two_layers_decode_nothing(tmp_path: Path) -> None:
+    """Files are normalised when they are opened and again by what reads their config."""
+    path = tmp_path / "m.gguf"
+    given = {"general.architecture": "gemma3", "tokenizer.ggml.tokens": [f"t{i}" for i in range(8)], "tokenizer.ggml.x": ["a"]}
+    write_gguf(path, given, [])
+    with GGUFFile.open(path) as file:
+        for rows, expected in ((8, 8), (5, 5)):
+            once, _ = normalise(file.metadata, tensors("token_embd.weight", rows=rows))
+            twice, _ = normalise(once, {})
+            assert isinstance(twice, Overlay)
+            assert "tokenizer.ggml.tokens" not in file.metadata._values
+            length = twice.array_length("tokenizer.ggml.tokens")
+            assert rows < 8 or "tokenizer.ggml.tokens" not in file.metadata._values
+            assert length == expected == len(twice["tokenizer.ggml.tokens"])
+            assert twice.array_length("tokenizer.ggml.missing") == 0
+            file.metadata._values.pop("tokenizer.ggml.tokens")
