@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ Say = Callable[[str], None]
 Peer = Callable[[Sequence[Work]], list[Samples]]
 RANDOM = {f"llama-1b-{mix.lower()}": mix for mix in ("Q4_K_M", "Q6_K", "Q8_0", "Q4_0")}
 MODELS = (*GOLDEN, *RANDOM)
+STARTS = 3  # loads of each
 TURNS = {"A": OURS, "B": llama_cpp.NAME, "C": vllm.NAME}
 
 
@@ -120,12 +122,18 @@ class Sitting:
             self.say(f"  {self.name}, {engine} is left out: {problem}")
 
     def start(self) -> None:
-        """Loads to the first token, and memory, of ours and llama.cpp."""
-        self.starts[OURS] = self.quiet.run(lambda: starts.ours(self.path, self.threads))
+        """Loads to the first token, and memory, of ours and llama.cpp, in turn: medians."""
+        found: dict[str, list[starts.Start]] = {}
         folder = os.environ.get("LLAMA_CPP_BIN")
-        if folder:
-            run = lambda: starts.llama(Path(folder), self.path, self.threads)  # noqa: E731
-            self.ask(llama_cpp.NAME, lambda: self.starts.update({llama_cpp.NAME: self.quiet.run(run)}))
+        for _ in range(STARTS):
+            found.setdefault(OURS, []).append(self.quiet.run(lambda: starts.ours(self.path, self.threads)))
+            if folder:
+                self.ask(llama_cpp.NAME, lambda: found.setdefault(llama_cpp.NAME, []).append(self._start_llama(Path(folder))))
+        for engine, each in found.items():
+            self.starts[engine] = {key: statistics.median(start[key] for start in each) for key in each[0]}
+
+    def _start_llama(self, folder: Path) -> starts.Start:
+        return self.quiet.run(lambda: starts.llama(folder, self.path, self.threads))
 
     def row(self) -> dict[str, Any]:
         engines = {engine: figures.merge(samples) for engine, samples in self.samples.items()}

@@ -29,7 +29,7 @@ START_SECONDS = 600.0  # vLLM compiles for a minute or two, longer where others 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """`first_token_s`: our daemon from a request for a model that is not loaded, the others from their start."""
+    """`first_token_s`: of the others from their start, of our daemon, which is there, from a request that loads the model."""
 
     url: str
     model: str
@@ -61,6 +61,7 @@ def ours(folder: Path, model: Path, threads: int) -> Iterator[Running]:
         options = {"num_predict": 1, "temperature": 0}
         request = {"model": NAME, "prompt": "Hello", "stream": False, "options": options}
         assert running.process is not None
+        wait_for_log(running.log, "engines can start")
         yield Running(url, NAME, timed_answer(f"{url}/api/generate", request), running.process.pid, running)
 
 
@@ -130,6 +131,15 @@ def started(command: list[str], url: str, model: str, variables: dict[str, str] 
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def wait_for_log(log: Path, text: str) -> None:
+    """A daemon reads its libraries for a second or two after it has begun to answer."""
+    deadline = time.monotonic() + START_SECONDS
+    while text not in log.read_text():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{text!r} does not come into {log}")
+        time.sleep(0.05)
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:

@@ -101,7 +101,7 @@ Tensor linear(Tensor x, Tensor tiles, int64_t type, int64_t n, std::optional<Ten
     acts = records;
   }
   const uint8_t* packed = static_cast<const uint8_t*>(tiles.data_ptr());
-  team::share((count + 1) / 2, 2, [&](int64_t begin, int64_t end) {
+  team::deal((count + 1) / 2, [&](int64_t begin, int64_t end) {
     const int64_t first = 2 * begin, last = std::min(2 * end, count);
     kernel.matmul(packed, k, acts, m, wide, count * 16, first, last);
     for (int64_t i = 0; i < m; i++) {

@@ -22,6 +22,7 @@ constexpr int kBarrierSpins = 2000;  // about 20 us: longer than any honest wait
 constexpr int kIdleSpins = 4000;     // about 40 us: the gap between the operations of one step
 constexpr int kIdleYields = 400;     // then about 400 us, the gap between steps, in which whoever else wants the core gets it
 constexpr int kSpinsPerYield = 100;
+constexpr int kPieces = 8;  // of a thread's share
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -86,6 +87,11 @@ Work current_work;
 void* current_argument;
 int current_count, started = 1;
 std::mutex one_caller;
+
+struct alignas(64) Cursor {
+  std::atomic<int> taken{0};
+};
+Cursor cursors[2][kMaxThreads];  // of even and odd turns: pieces that were taken of each thread's share
 
 struct Birth {
   int thread;
@@ -153,6 +159,32 @@ void barrier(int count) {
   }
 }
 
+// Nobody uses the cursors of the turn after this one: all left the turn before this one at a barrier.
+Pieces::Pieces(int64_t n, int thread, int count, int turn) : n_(n), count_(count), turn_(turn & 1), at_(thread), left_(count - 1) {
+  if (count > 1) cursors[turn_ ^ 1][thread].taken.store(0, std::memory_order_relaxed);
+}
+
+bool Pieces::next(int64_t& begin, int64_t& end) {
+  if (count_ == 1) {
+    begin = 0;
+    end = n_;
+    n_ = 0;
+    return begin < end;
+  }
+  for (;;) {
+    const int64_t piece = cursors[turn_][at_].taken.fetch_add(1, std::memory_order_relaxed);
+    if (piece >= kPieces) {
+      if (left_-- == 0) return false;
+      at_ = at_ + 1 == count_ ? 0 : at_ + 1;
+      continue;
+    }
+    const int64_t place = at_ * kPieces + piece, places = int64_t(count_) * kPieces;
+    begin = n_ * place / places;
+    end = n_ * (place + 1) / places;
+    if (begin < end) return true;
+  }
+}
+
 void run(int count, Work work, void* argument) {
   if (count > kMaxThreads) count = kMaxThreads;
   if (count <= 1) return work(argument, 0, 1);
@@ -164,6 +196,7 @@ void run(int count, Work work, void* argument) {
   current_argument = argument;
   current_count = count;
   finished.store(0);
+  for (int i = 0; i < count; i++) cursors[0][i].taken.store(0, std::memory_order_relaxed);
   const uint32_t seen = done.value.load();
   start.raise();
   work(argument, 0, count);

@@ -20,6 +20,19 @@ int size();
 void run(int count, Work work, void* argument);
 void barrier(int count);  // meets all threads of the running work
 
+// A thread's way through [0, n), for work whose time is long enough that another process may take a core meanwhile: its own even
+// share piece by piece, in ascending order, and then the pieces of others that they have not come to. `turn` counts the Pieces
+// of a run, and between two of them lies a barrier.
+class Pieces {
+ public:
+  Pieces(int64_t n, int thread, int count, int turn);
+  bool next(int64_t& begin, int64_t& end);
+
+ private:
+  int64_t n_;
+  int count_, turn_, at_, left_;  // whose share is at hand, and how many others are left
+};
+
 // body(begin, end) over [0, n) in even shares, on one thread for every `grain` items up to the team's size.
 template <class Body>
 void share(int64_t n, int64_t grain, const Body& body) {
@@ -30,6 +43,19 @@ void share(int64_t n, int64_t grain, const Body& body) {
         const Call& c = *static_cast<Call*>(p);
         const int64_t begin = c.n * thread / count, end = c.n * (thread + 1) / count;
         if (begin < end) c.body(begin, end);
+      },
+      &call);
+}
+
+// The same by pieces.
+template <class Body>
+void deal(int64_t n, const Body& body) {
+  struct Call { const Body& body; int64_t n; } call{body, n};
+  run(int(n < 1 ? 1 : n < size() ? n : size()),
+      [](void* p, int thread, int count) {
+        const Call& c = *static_cast<Call*>(p);
+        Pieces pieces(c.n, thread, count, 0);
+        for (int64_t begin, end; pieces.next(begin, end);) c.body(begin, end);
       },
       &call);
 }

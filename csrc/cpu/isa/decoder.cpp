@@ -17,6 +17,7 @@ namespace {
 
 struct Thread {
   int index, count;
+  int turns = 0;  // Pieces so far
   void share(int64_t n, int64_t& begin, int64_t& end) const {
     begin = n * index / count;
     end = n * (index + 1) / count;
@@ -50,33 +51,43 @@ void rotate(float* x, const float* table, int n_rot, int kind) {
   }
 }
 
-// Tiles of several matmuls, shared out as one list of pairs so that threads stay even. A pair costs as much as its rows and,
+// Tiles of several matmuls, dealt out as one list of pairs so that threads stay even. A pair costs as much as its rows and,
 // for its weights to come from memory, some rows more.
 constexpr int64_t kReadingCost = 4;
-void matmul_jobs(const Thread& thread, const Job* jobs, int64_t count, int64_t ldy, int layer_planes) {
-  const auto planes_of = [&](const Job& job) { return job.w->kernels->dense ? 1 : layer_planes; };
-  const auto cost_of = [&](const Job& job) { return job.m * planes_of(job) + kReadingCost; };
-  int64_t total = 0, low, high;
-  for (int64_t j = 0; j < count; j++) total += (jobs[j].w->tile_count() + 1) / 2 * cost_of(jobs[j]);
-  thread.share(total, low, high);
-  for (int64_t j = 0; j < count; j++) {
-    const Job& job = jobs[j];
+struct Jobs {
+  const Job* jobs;
+  int64_t count, ldy;
+  int layer_planes;
+
+  int planes(const Job& job) const { return job.w->kernels->dense ? 1 : layer_planes; }
+  int64_t cost(const Job& job) const { return job.m * planes(job) + kReadingCost; }
+  int64_t pairs(const Job& job) const { return (job.w->tile_count() + 1) / 2; }
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int64_t j = 0; j < count; j++) sum += pairs(jobs[j]) * cost(jobs[j]);
+    return sum;
+  }
+  // What lies between two sums of costs.
+  void run(int64_t low, int64_t high) const {
+    for (int64_t j = 0; j < count && high > 0; j++) {
+      const int64_t all = pairs(jobs[j]), one = cost(jobs[j]);
+      const auto pair_at = [&](int64_t at) { return at <= 0 ? 0 : at < all * one ? (at + one - 1) / one : all; };
+      const int64_t begin = pair_at(low), end = pair_at(high);
+      if (begin < end) run_pairs(jobs[j], begin, end);
+      low -= all * one;
+      high -= all * one;
+    }
+  }
+  void run_pairs(const Job& job, int64_t begin, int64_t end) const {
     const Weight& w = *job.w;
-    const int planes = planes_of(job);
-    const int64_t tiles = w.tile_count(), pairs = (tiles + 1) / 2, cost = cost_of(job);
-    const auto pair_at = [&](int64_t at) { return at <= 0 ? 0 : at < pairs * cost ? (at + cost - 1) / cost : pairs; };
-    const int64_t begin = pair_at(low), end = pair_at(high);
-    low -= pairs * cost;
-    high -= pairs * cost;
-    if (begin >= end) continue;
-    const int64_t first = 2 * begin, last = 2 * end < tiles ? 2 * end : tiles;
-    w.kernels->matmul(job.tiles, w.k, job.acts, job.m * planes, job.y, ldy, first, last);
-    if (planes > 1) add_planes(job.y, ldy, job.m, planes, 16 * first, 16 * last);
-    if (!w.bias) continue;
+    const int64_t tiles = w.tile_count(), first = 2 * begin, last = 2 * end < tiles ? 2 * end : tiles, count = planes(job);
+    w.kernels->matmul(job.tiles, w.k, job.acts, job.m * count, job.y, ldy, first, last);
+    if (count > 1) add_planes(job.y, ldy, job.m, int(count), 16 * first, 16 * last);
+    if (!w.bias) return;
     for (int64_t i = 0; i < job.m; i++)
       for (int64_t c = 16 * first; c < 16 * last && c < w.n; c++) job.y[i * ldy + c] += w.bias[c];
   }
-}
+};
 
 template <CacheType C>
 void write_token(const AttentionShape& a, const Cache& cache, int64_t slot, const float* k, const float* v) {
@@ -187,7 +198,7 @@ void gate_row(float* gate, const float* up, int64_t n, int kind) {
 int64_t record_bytes(const Weight& w) { return w.kernels->dense ? w.k * 4 : activation_bytes(w.k); }
 
 struct LayerRun {
-  const Thread& thread;
+  Thread& thread;
   const Layer& l;
   const Tokens& t;
   const Buffers& b;
@@ -206,8 +217,10 @@ struct LayerRun {
   }
   Job job(const Weight& w, float* y) const { return {&w, w.tiles, b.acts, y, t.num_tokens}; }
   void multiply(const Job* jobs, int64_t count, int64_t ldy) const {
+    const Jobs all = {jobs, count, ldy, l.planes};
     thread.meet();
-    matmul_jobs(thread, jobs, count, ldy, l.planes);
+    team::Pieces pieces(all.total(), thread.index, thread.count, thread.turns++);
+    for (int64_t low, high; pieces.next(low, high);) all.run(low, high);
     thread.meet();
   }
   void add(int64_t i, float* y, const float* post_norm) const {
@@ -325,7 +338,7 @@ struct LayerRun {
 }  // namespace
 
 void run_decoder(const DecoderRun& run, int index, int count) {
-  const Thread thread{index, count};
+  Thread thread{index, count};
   int64_t begin, end;
   thread.share(run.tokens[0]->num_tokens, begin, end);
   for (int64_t i = 0; i < run.num_layers; i++) {
