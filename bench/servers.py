@@ -23,7 +23,8 @@ from tests import daemon
 
 NAME = "bench"
 CONTEXT = 2048  # tokens of each user
-PLAIN = "{% for message in messages %}{{ message.content }}\n{% endfor %}"  # where a file has no chat template
+PLAIN = "{% for message in messages %}{{ message.content }}\n{% endfor %}"  # where a file has no chat template, for all servers
+PLAIN_GO = 'TEMPLATE """{{ range .Messages }}{{ .Content }}\n{{ end }}"""\n'  # the same
 START_SECONDS = 600.0  # vLLM compiles for a minute or two, longer where others compute
 
 
@@ -55,7 +56,8 @@ def ours(folder: Path, model: Path, threads: int) -> Iterator[Running]:
     """A daemon that has the model created and loaded, with the thread count as one of its parameters."""
     with daemon.running(folder, OLLAMA_CONTEXT_LENGTH=str(CONTEXT), OLLAMA_KEEP_ALIVE="-1") as running:
         modelfile = folder / "Modelfile"
-        modelfile.write_text(f"FROM {model}\nPARAMETER num_thread {threads}\nPARAMETER num_predict 128\n")
+        plain = PLAIN_GO if chat_template(model) == PLAIN else ""
+        modelfile.write_text(f"FROM {model}\n{plain}PARAMETER num_thread {threads}\nPARAMETER num_predict 128\n")
         running.ok("create", NAME, "-f", str(modelfile))
         url = f"http://{running.host}"
         options = {"num_predict": 1, "temperature": 0}
@@ -72,6 +74,8 @@ def llama(folder: Path, model: Path, threads: int, users: int) -> Iterator[Runni
     url = f"http://127.0.0.1:{port}"
     command = [str(folder / "llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-fa", "on"]
     command += ["-np", str(users), "-c", str(users * CONTEXT), "-t", str(threads), "-tb", str(threads), "-ngl", "0"]
+    if chat_template(model) == PLAIN:
+        command += ["--jinja", "--chat-template", PLAIN]
     with started(command, url, model.name) as running:
         yield running
 
@@ -82,9 +86,8 @@ def vllm(program: Path, folder: Path, model: Path, threads: int) -> Iterator[Run
     port = daemon.free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as scratch:
-        with GGUFFile.open(model) as file:
-            template = Path(scratch) / "chat.jinja"
-            template.write_text(file.metadata.get("tokenizer.chat_template", PLAIN))
+        template = Path(scratch) / "chat.jinja"
+        template.write_text(chat_template(model))
         command = [
             str(program),
             "serve",
@@ -101,6 +104,12 @@ def vllm(program: Path, folder: Path, model: Path, threads: int) -> Iterator[Run
         variables |= {"OMP_NUM_THREADS": str(threads)}
         with started(command, url, NAME, variables) as running:
             yield running
+
+
+def chat_template(model: Path) -> str:
+    with GGUFFile.open(model) as file:
+        found: str = file.metadata.get("tokenizer.chat_template", PLAIN)
+    return found
 
 
 def vllm_folders() -> dict[str, Path]:
