@@ -74,18 +74,8 @@ class Running:
     engine: EngineProcess
 
 
-@dataclass(slots=True)
-class Hold:
-    """One name's share in an engine: how long it keeps it after its use, and its requests that run."""
-
-    model: ModelLike
-    keep_alive: float  # seconds; inf: forever
-    users: int = 0
-
-
 class Resident:
-    """A loaded model. `users` counts requests, `retiring` those who wait to end it; no user is added while they do.
-    Names that share it have a hold each, and it stays as long as the longest."""
+    """A loaded model. `users` counts requests, `retiring` those who wait to end it; no user is added while they do."""
 
     def __init__(
         self,
@@ -102,7 +92,7 @@ class Resident:
         self.retiring = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        self.holds: dict[ModelName, Hold] = {}
+        self.keep_alive = 0.0
         self.last_used = time.monotonic()
         self.closing: asyncio.Task[None] | None = None
         self._expires_at: datetime | None = None
@@ -146,28 +136,10 @@ class Resident:
         self.idle.clear()
         self.stop_timer()
 
-    @property
-    def keep_alive(self) -> float:
-        return max((hold.keep_alive for hold in self.holds.values()), default=0.0)
-
-    def hold(self, model: ModelLike, seconds: float | None, default: float) -> Hold:
-        """The hold of a model's name, with a new keep_alive: None keeps what it is (at first `default`), < 0 is forever."""
-        held = self.holds.get(model.name)
-        given = default if seconds is None else seconds
-        lasting = math.inf if given < 0 or given > MAX_KEEP_ALIVE else given
-        if held is None:
-            held = self.holds[model.name] = Hold(model, lasting)
-        elif seconds is not None:
-            held.keep_alive = lasting
-        return held
-
-    def drop(self, name: ModelName) -> bool:
-        """Ends the hold of a name. Whether others still hold it: by requests that run, or by their keep_alive."""
-        self.holds.pop(name, None)
-        left = [hold for hold in self.holds.values() if hold.users or hold.keep_alive > 0]
-        if left and self.model.name == name:
-            self.model = left[0].model
-        return bool(left)
+    def set_keep_alive(self, seconds: float | None) -> None:
+        """None keeps what it is; negative is forever."""
+        if seconds is not None:
+            self.keep_alive = math.inf if seconds < 0 or seconds > MAX_KEEP_ALIVE else seconds
 
     def remove_user(self) -> bool:
         """Whether it was the last one."""

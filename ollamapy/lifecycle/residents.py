@@ -76,12 +76,8 @@ class Residents:
         try:
             resident = await self._get(key, model, RunnerOptions.of(options))
             try:
-                hold = resident.hold(model, keep_alive, self._settings.keep_alive)
-                hold.users += 1
-                try:
-                    yield resident.loaded(model, time.monotonic_ns() - start)
-                finally:
-                    hold.users -= 1
+                resident.set_keep_alive(keep_alive)
+                yield resident.loaded(model, time.monotonic_ns() - start)
             finally:
                 self._release(resident)
         finally:
@@ -96,16 +92,11 @@ class Residents:
     async def unload(self, model: ModelLike) -> bool:
         """Stops a model: its requests get up to 10 s, then they are ended. Returns, when it is gone, whether it was there.
 
-        New requests for it wait and load it anew. Cancelling this does not stop the unloading. An engine that another name
-        still holds stays for that one.
+        New requests for it wait and load it anew. Cancelling this does not stop the unloading.
         """
         resident = self._residents.get(_key(model))
         if resident is None:
             return False
-        if resident.drop(model.name):
-            if not resident.users:
-                resident.start_timer(lambda: self._expire(resident))
-            return True
         await asyncio.shield(self._spawn_task(self._retire(resident, DRAIN)))
         return True
 
@@ -186,7 +177,9 @@ class Residents:
         old = self._residents.get(key)
         if old is not None and self._usable(old, wanted):
             return old
+        keep_alive = self._settings.keep_alive
         if old is not None:
+            keep_alive = old.keep_alive
             await self._retire(old)
         file = await self._open(model)
         placed = await self._make_room(key, file, wanted)
@@ -203,9 +196,7 @@ class Residents:
             await engine.close()
             raise
         resident = Resident(model, engine, tokenizer, file, placed, wanted)
-        for hold in old.holds.values() if old is not None else ():
-            resident.hold(hold.model, hold.keep_alive, 0.0)
-        resident.hold(model, None, self._settings.keep_alive)
+        resident.set_keep_alive(keep_alive)
         engine.on_death = lambda: self._died(resident)
         self._residents[key] = resident
         log.info("%s: loaded on %s in %.2f s", model.name.short(), placed.plan.device, engine.info.load_ns / 1e9)

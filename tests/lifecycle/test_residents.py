@@ -25,7 +25,6 @@ from ollamapy.lifecycle import residents as residents_module
 from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.lifecycle.spawner import Spawner
-from ollamapy.names import ModelName
 from tests.lifecycle.fakes import COMMAND, FakeModel, collect, exists, fake_model, llama_keys, open_fds, write_model, written
 from tests.tokenizer.builders import bpe_metadata
 
@@ -102,28 +101,6 @@ def test_use_loads_and_gives_what_a_request_needs(tmp_path: Path) -> None:
             assert (row.context_length, row.num_requests) == (4096, 1)
             assert row.resident_bytes > 1 << 20
             assert row.expires_at is not None and 290 < row.expires_at.timestamp() - time.time() <= 300
-
-    run(check)
-
-
-def test_stopping_one_name_leaves_another_its_engine(tmp_path: Path) -> None:
-    one = fake_model(tmp_path, "one")
-    copy = FakeModel(ModelName.parse("copy"), "digest-copy", one.model_path)
-
-    async def check(residents: Residents) -> None:
-        using = asyncio.create_task(hold(residents, one, 0.3))
-        await within(5, lambda: bool(residents.running()))
-        pid = await hold(residents, copy)
-        assert await residents.unload(copy) and await residents.unload(copy), "in use by the other name"
-        await hold(residents, copy, keep_alive=0)
-        assert await using == pid == await hold(residents, one), "nor by a keep_alive of 0"
-        await hold(residents, copy, keep_alive=60)
-        assert await residents.unload(one) and names(residents) == {"copy"} and exists(pid), "it is the other's now"
-        assert residents.running()[0].expires_at is not None
-        assert await residents.unload(copy) and not residents.running() and not exists(pid)
-        assert not await residents.unload(copy)
-        pid = await hold(residents, one, keep_alive=0)
-        await within(5, lambda: not exists(pid))
 
     run(check)
 
