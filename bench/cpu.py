@@ -6,8 +6,7 @@ Prints a table and a JSON line; saves JSON and PNG.
 
 llama.cpp's tools are taken from the folder LLAMA_CPP_BIN; vLLM is the program VLLM, with the same weights in bf16 in the
 transformers folders VLLM_MODELS="smollm2=folder,gemma3=folder". A peer that is not there has no turn. Every measurement is a
-process of its own. `--into` adds to a report that is there, so that files can be
-measured in several sittings.
+process of its own. `--into` adds to a report that is there, so that files can be measured in several sittings.
 """
 
 from __future__ import annotations

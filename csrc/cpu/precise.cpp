@@ -39,7 +39,7 @@ Tensor linear_precise(Tensor x, Tensor tiles, int64_t type, int64_t n, std::opti
     kernels().quantize_planes(c.from, c.k, c.acts, c.m, c.planes, c.rests + index * c.k, c.m * index / threads, c.m * (index + 1) / threads);
   }, &call);
   const uint8_t* packed = data<uint8_t>(tiles);
-  team::share((count + 1) / 2, 2, [&](int64_t begin, int64_t end) {
+  team::deal((count + 1) / 2, [&](int64_t begin, int64_t end) {
     const int64_t first = 2 * begin, last = std::min(2 * end, count), stop = std::min(16 * last, n);
     kernel->matmul(packed, k, acts, planes * m, wide, ld, first, last);
     kernels().add_planes(wide, ld, m, int(planes), 16 * first, 16 * last);

@@ -47,7 +47,7 @@ void share(int64_t n, int64_t grain, const Body& body) {
       &call);
 }
 
-// The same by pieces.
+// body(begin, end) over [0, n) by pieces.
 template <class Body>
 void deal(int64_t n, const Body& body) {
   struct Call { const Body& body; int64_t n; } call{body, n};

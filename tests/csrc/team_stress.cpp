@@ -17,9 +17,10 @@ namespace team = ollamapy::team;
 
 namespace {
 
-constexpr int kMost = 7, kRounds = 5;
+constexpr int kMost = 7, kRounds = 5, kItems = 61;
 struct Job {
   int seen[kRounds][kMost];
+  int taken[kRounds][kItems];  // how often each item was a part of somebody's piece
   int expected;
   bool wrong;
 };
@@ -28,7 +29,12 @@ void meet_often(void* argument, int thread, int count) {
   Job& job = *static_cast<Job*>(argument);
   for (int round = 0; round < kRounds; round++) {
     job.seen[round][thread] = job.expected + round;
+    team::Pieces pieces(kItems, thread, count, round);
+    for (int64_t begin, end; pieces.next(begin, end);)
+      for (int64_t i = begin; i < end; i++) __atomic_fetch_add(&job.taken[round][i], 1, __ATOMIC_RELAXED);
     team::barrier(count);
+    for (const int times : job.taken[round])
+      if (times != 1) __atomic_store_n(&job.wrong, true, __ATOMIC_RELAXED);
     for (int other = 0; other < count; other++)
       if (job.seen[round][other] != job.expected + round) __atomic_store_n(&job.wrong, true, __ATOMIC_RELAXED);
   }
@@ -47,8 +53,11 @@ void check(int runs, unsigned seed) {
     team::share(int64_t(touched.size()), 1 + int64_t(random() % 5), [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j++) touched[size_t(j)] += 1;
     });
+    team::deal(int64_t(touched.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; j++) touched[size_t(j)] += 1;
+    });
     for (const int times : touched)
-      if (times != 1) std::abort();
+      if (times != 2) std::abort();
     if (random() % 500 == 0) usleep(200);  // long enough for helpers to fall asleep
   }
 }
