@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -143,12 +144,14 @@ def read_vocabulary(path: str) -> Vocabulary:
 
 
 def packed_on() -> tuple[str, ...]:
-    """Device kinds whose kernels keep matrices as the file has them. Loads the C++ extension, for all engines."""
-    return tuple(kind for kind in ("cpu", "cuda") if _packs(ops.Place(torch.device(kind), GGMLType.Q4_0)))
+    """Device kinds whose kernels keep matrices as the file has them. Loads the C++ extension, for all engines.
 
-
-def _packs(place: ops.Place) -> bool:
-    return next(kernel.family for kernel in ops.kernels_for("linear") if not kernel.needs(place)) != "reference"
+    GPUs are not asked: whatever looks at one starts CUDA here, and then no engine forked from this process could use it.
+    """
+    place = ops.Place(torch.device("cpu"), GGMLType.Q4_0)
+    family = next(kernel.family for kernel in ops.kernels_for("linear") if not kernel.needs(place))
+    on_gpu = find_spec("triton") is not None  # all kernels for GPUs share the layout of Triton's
+    return (*(("cpu",) if family != "reference" else ()), *(("cuda",) if on_gpu else ()))
 
 
 def main(sock: socket.socket, plan: Plan) -> None:

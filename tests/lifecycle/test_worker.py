@@ -6,6 +6,8 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,3 +83,26 @@ async def refusals(residents: Residents, model: FakeModel, tmp_path: Path) -> No
     async with residents.use(model, {}) as loaded:
         with pytest.raises(EngineError, match="600 tokens"):
             await anext(loaded.engine.generate([1] * 600, SamplingParams(max_tokens=1)))
+
+
+TOUCHES = """
+import os, torch
+def touched(*args, **kwargs):
+    os.write(2, b"CUDA was started in the process that engines are forked from")
+    os._exit(3)
+torch.version.cuda = "13.0"
+for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "init", "_lazy_init"):
+    setattr(torch.cuda, name, touched)
+for name in ("is_available", "device_count", "current_accelerator", "set_device_index"):
+    setattr(torch.accelerator, name, touched)
+from ollamapy.lifecycle import forkserver
+main, packed_on = forkserver._preload()
+print(*packed_on)
+"""
+
+
+def test_what_engines_are_forked_from_asks_no_gpu() -> None:
+    """Or torch would refuse each of them: "Cannot re-initialize CUDA in forked subprocess"."""
+    done = subprocess.run([sys.executable, "-c", TOUCHES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cpu", "cuda"], "on a GPU, Triton's planes are as large as the file's blocks"
