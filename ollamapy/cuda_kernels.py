@@ -2,7 +2,8 @@
 
 Weights are the planes that the Triton kernels read too; activations become int8 per 32 with float32 scales. Dots of a group are
 exact integers, and floats are added over groups in one order (csrc/cuda/forms.cuh), so that a row's products have the same bits
-at any number of rows and whichever of the two kernels makes them.
+at any number of rows and whichever of the two kernels makes them. Steps of many rows (`mma_rows` of the table) are Triton's:
+there a float operation for each group costs more than decoding a matrix for torch.matmul.
 """
 
 from __future__ import annotations
@@ -99,6 +100,12 @@ def matvec_rows(device: torch.device) -> int:
     return min(threshold, MATVEC_MOST)
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x (n, K) has so many rows that a decoded matrix and torch.matmul are faster."""
+    most: int = tuning.of(x.device).mma_rows
+    return x.shape[0] > most
+
+
 def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
     """Packed on the device, a chunk of rows at a time."""
     return pack(weight.to(device))
@@ -106,6 +113,9 @@ def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
 
 def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:
     """(n, K) x (N, K) + (N) -> (n, N) in x's type."""
+    if is_dense(x):
+        decoded: Tensor = triton_kernels.load("linear")(x, weight, bias)
+        return decoded
     out = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype, device=x.device)
     if x.shape[0]:
         matmul(quantize(x), [weight], [out], [bias])
@@ -175,4 +185,18 @@ def turns(cache: KVCache) -> bool:
 
 def stack(layers: Sequence[DecoderLayer]) -> Any:
     """Triton's `Stack` with the kernels of this file, or why it cannot take the layers."""
-    return triton_kernels.load("stack")(layers, Int8(triton_kernels.load("floats", {"floats": "stack.Floats"})()))
+    floats = triton_kernels.load("floats", {"floats": "stack.Floats"})()
+    made = triton_kernels.load("stack")(layers, Int8(floats))
+    return made if isinstance(made, str) else ByRows(made, made.by(floats))
+
+
+@dataclass(frozen=True, slots=True)
+class ByRows:
+    """One stack's layers: by the kernels of this file, and for steps of many rows by Triton's."""
+
+    int8: Any
+    dense: Any
+
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        out: Tensor = (self.dense if is_dense(x) else self.int8)(x, *rest)
+        return out

@@ -163,6 +163,10 @@ class Stack:
     def __init__(self, layers: Sequence[Layer], products: Products) -> None:
         self._layers, self._products = layers, products
 
+    def by(self, products: Products) -> Stack:
+        """The same layers multiplied by another family."""
+        return Stack(self._layers, products)
+
     def __call__(
         self, x: Tensor, batch: Batch, caches: Sequence[KVCache], ropes: Sequence[Tensor], temperature: Tensor | None
     ) -> Tensor:

@@ -46,6 +46,7 @@ class Table:
     matvec_pairs: int  # up to these pairs of a token and an expert: a matvec each
     int8_rows: int  # up to these: tiles on int8 activations; 0: never
     dp4a_rows: int  # of the CUDA kernels: up to these the matvec with dp4a, above it mma
+    mma_rows: int  # of the CUDA kernels: above these a matrix is decoded for a dense product, as from dense_rows on
     dense_rows: int  # from these on, decoding a layer costs less than tiles lose to a dense matmul
     programs: int  # below that many, K is split: two for each multiprocessor
     matvec: Tile
@@ -89,7 +90,7 @@ def invariant() -> bool:
 
 def one_path(table: Table) -> Table:
     """The table that knows one kernel for any number of rows: tiles on int8 activations, and for experts one size of tiles."""
-    return replace(table, matvec_rows=0, matvec_pairs=0, int8_rows=sys.maxsize, tiles=table.tiles[:1])
+    return replace(table, matvec_rows=0, matvec_pairs=0, int8_rows=sys.maxsize, mma_rows=sys.maxsize, tiles=table.tiles[:1])
 
 
 @cache

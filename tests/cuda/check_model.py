@@ -102,6 +102,15 @@ def test_alone_and_in_a_batch(tmp_path: Path) -> None:
         assert torch.equal(got["b"], other.logits({"b": fed["b"]})["b"])
 
 
+def test_many_rows_are_tritons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers over 12 rows and a head over ten have the bits of Triton's products; a head over two, and other steps, do not."""
+    table = replace(tuning.of(torch.device("cpu")), mma_rows=7)
+    monkeypatch.setattr(tuning, "of", lambda device: table)
+    want = feed(model_of("gemma3", tmp_path, "triton"))
+    for step, got in feed(model_of("gemma3", tmp_path, "csrc")).items():
+        assert torch.equal(got, want[step]) == (step == "prompt a"), step
+
+
 def test_engine(tmp_path: Path) -> None:
     """Two requests at once and one after the other."""
     tokens = generate(model_of("llama", tmp_path, "csrc"))
@@ -111,7 +120,9 @@ def test_engine(tmp_path: Path) -> None:
 def test_thresholds() -> None:
     """From the table of the architecture, and never beyond what the kernel takes."""
     for path in tuning.FOLDER.glob("*.json"):
-        assert 0 <= tuning.read(path.stem).dp4a_rows <= cuda_kernels.MATVEC_MOST
+        table = tuning.read(path.stem)
+        assert 0 <= table.dp4a_rows <= cuda_kernels.MATVEC_MOST
+        assert table.dp4a_rows < table.mma_rows < tuning.one_path(table).mma_rows
     assert cuda_kernels.matvec_rows(torch.device("cpu")) == tuning.read("sm_90").dp4a_rows
 
 
