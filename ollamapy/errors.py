@@ -127,3 +127,9 @@ class StoreError(OllamapyError):
 
 class EngineError(OllamapyError):
     pass
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had. torch's allocator for the CPU has no class for it."""
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    return allocator or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's

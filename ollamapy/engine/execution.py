@@ -29,7 +29,7 @@ from ollamapy.engine.sampler import Sampler
 from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.speculation import agreed
-from ollamapy.errors import EngineError
+from ollamapy.errors import EngineError, lacks_memory
 
 log = logging.getLogger(__name__)
 
@@ -201,4 +201,5 @@ def _objection(plan: Plan, kernels: Mapping[str, str]) -> str:
 
 def failure_text(error: BaseException) -> str:
     """For users: without the message, which may tell paths and addresses."""
-    return f"the model failed on this request ({type(error).__name__}); the log has the details"
+    what = "ran out of memory" if lacks_memory(error) else "failed"
+    return f"the model {what} on this request ({type(error).__name__}); the log has the details"

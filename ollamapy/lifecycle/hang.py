@@ -22,9 +22,11 @@ async def until_hung(pid: int, last_event: Callable[[], float], owes: Callable[[
     seen, cpu_before, idle_since = last_event(), -1.0, time.monotonic()
     owed_since = idle_since  # an idle engine has long been silent when a request comes
     while True:
+        asleep = time.monotonic()
         await asyncio.sleep(CHECK)
         now = time.monotonic()
-        if last_event() != seen or not owes():
+        paused = now - asleep > CHECK + AFTER / 2  # this process, and so the engine: Ctrl+Z, a machine that was halted
+        if paused or last_event() != seen or not owes():
             seen, cpu_before, idle_since, owed_since = last_event(), -1.0, now, now
             continue
         try:

@@ -18,7 +18,7 @@ import msgspec
 
 from ollamapy.engine import protocol
 from ollamapy.engine.protocol import Abort, Command, Embed, Embedding, Event, Generate, GetStats, Output, Plan, Step
-from ollamapy.errors import OllamapyError
+from ollamapy.errors import OllamapyError, lacks_memory
 from ollamapy.lifecycle.outbox import Outbox
 from ollamapy.lifecycle.wire import commands
 
@@ -60,12 +60,8 @@ class Loop:
             except OllamapyError as error:
                 log.error("%s", error)
                 self._send([protocol.Fatal(str(error), error.status)])
-            except MemoryError as error:
-                self._send([protocol.Fatal(_out_of_memory(self._plan, error))])
-                raise
             except Exception as error:
-                out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's
-                text = _out_of_memory(self._plan, error) if out_of_memory else f"the engine failed: {_text(error)}"
+                text = _out_of_memory(self._plan, error) if lacks_memory(error) else f"the engine failed: {_text(error)}"
                 self._send([protocol.Fatal(text)])
                 raise  # the process ends: after an error of the device nothing in it can be trusted
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 
 import pytest
+import torch
 from torch import Tensor
 
 from ollamapy.engine.batch import Batch, KVCache
@@ -253,13 +254,14 @@ def test_broken_model_ends_each_request_once_and_serves_again() -> None:
     assert run.one(PROMPT, max_tokens=6).tokens == alone(PROMPT, max_tokens=6).tokens
 
 
-def test_out_of_memory_in_a_step_makes_it_smaller() -> None:
+@pytest.mark.parametrize("error", ["MemoryError", "RuntimeError"])  # Python's, torch's
+def test_out_of_memory_in_a_step_makes_it_smaller(error: str) -> None:
     """A batch that memory does not hold is run again one by one; only what alone is too much ends."""
 
     class Small(FakeModel):
         def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:
             if batch.num_tokens > 12:
-                raise MemoryError("no room")
+                bytearray(1 << 62) if error == "MemoryError" else torch.empty(1 << 48)
             return super().forward(batch, caches)
 
     run = Run(model=Small())
@@ -268,14 +270,12 @@ def test_out_of_memory_in_a_step_makes_it_smaller() -> None:
         run.add(request_id, prompt, max_tokens=6)
     answers = run.drain()
     failed = answers[2].finish
-    assert failed is not None and failed.reason == "error" and "MemoryError" in failed.error
+    assert failed is not None and failed.reason == "error" and f"ran out of memory on this request ({error})" in failed.error
     for request_id in (0, 1, 3):
         assert answers[request_id].tokens == alone(prompts[request_id], max_tokens=6).tokens
 
 
 def test_lost_device_ends_the_engine() -> None:
-    import torch
-
     class Lost(FakeModel):
         def forward(self, batch: object, caches: object) -> torch.Tensor:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

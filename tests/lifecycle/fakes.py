@@ -84,6 +84,18 @@ def exists(pid: int) -> bool:
         return False
 
 
+def descendants(pid: int) -> set[int]:
+    """The processes below `pid`."""
+    below: set[int] = set()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return below
+    for child in map(int, children):
+        below |= {child, *descendants(child)}
+    return below
+
+
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:
     """Seconds until it held; fails when it does not within `seconds`."""
     start = time.monotonic()

@@ -18,23 +18,11 @@ from ollamapy.errors import EngineError
 from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.lifecycle.spawner import Spawner
-from tests.lifecycle.fakes import COMMAND, FakeModel, collect, exists, fake_model, wait_until, write_faults
-from tests.lifecycle.test_process import DAEMON
+from tests.lifecycle.fakes import COMMAND, FakeModel, collect, descendants, exists, fake_model, wait_until, write_faults
+from tests.lifecycle.test_process_faults import DAEMON
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Devices(cpu_cores=2, total_memory=8 << 30, free_memory=8 << 30)
-
-
-def descendants(pid: int) -> set[int]:
-    """The processes below `pid`."""
-    below: set[int] = set()
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):
-        return below
-    for child in map(int, children):
-        below |= {child, *descendants(child)}
-    return below
 
 
 @pytest.mark.slow
