@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
+from heapq import heapify, heappop, heapreplace
 
 from ollamapy.engine.sequence import Sequence
 
 PROMPT_COST, TOKEN_COST = 1, 2  # a generated token takes a pass of its own; weights of the paper
+PASSING = 8  # one prompt passes another when its client was served fewer tokens meanwhile than so many times what it is shorter
 AGED = 60 * 10**9  # ns after which a flex request counts as any other
 MAX_IDLE = 1024  # clients without a request whose counters are kept
 _RANK = {"priority": 0, "default": 1, "flex": 2}
@@ -60,6 +62,41 @@ class Shares:
             self._idle[client] = self._served.pop(client)
             if len(self._idle) > MAX_IDLE:
                 self._idle.popitem(last=False)
+
+
+def in_turn(prompts: ListLike[Sequence], shares: Shares, now: int) -> list[Sequence]:
+    """Running prompts in the order in which a step is to take them: those of clients by where their counters would stand at the
+    end of their first (a finish tag of fair queueing, Demers et al. 1989).
+
+    That does not move while a prompt is computed, so one that has begun is not put off for its equals: side by side, the first
+    tokens of all would come at the end. Of one client, urgent ones come first, then shorter ones that came no later than
+    PASSING says: those of about one length go in order of arrival, and a long one is not passed for ever.
+    """
+    by_client: dict[str, list[Sequence]] = {}
+    for seq in sorted(prompts, key=lambda seq: _turn(seq, now), reverse=True):
+        by_client.setdefault(seq.caller.client, []).append(seq)  # the first one last
+    served = {client: shares.served(mine[0]) for client, mine in by_client.items()}
+
+    def tag(client: str) -> tuple[int, int, tuple[int, int], str]:
+        first = by_client[client][-1]
+        served[client] += PROMPT_COST * first.num_uncomputed
+        return lane(first, now), served[client], age(first), client
+
+    tags = [tag(client) for client in by_client]
+    heapify(tags)
+    order = []
+    while tags:
+        client = tags[0][-1]
+        order.append(by_client[client].pop())
+        if by_client[client]:
+            heapreplace(tags, tag(client))
+        else:
+            heappop(tags)
+    return order
+
+
+def _turn(seq: Sequence, now: int) -> tuple[int, bool, int, tuple[int, int]]:
+    return lane(seq, now), seq.caller.tier != "priority", seq.start + PASSING * PROMPT_COST * seq.num_uncomputed, age(seq)
 
 
 class Queue:

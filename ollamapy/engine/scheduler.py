@@ -15,7 +15,7 @@ from bisect import insort
 import msgspec
 
 from ollamapy.engine.blocks import BlockManager, Hit
-from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, lane, overserved, victim
+from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, in_turn, lane, overserved, victim
 from ollamapy.engine.pace import SHORT, Pace
 from ollamapy.engine.protocol import Embedding, Output, Plan
 from ollamapy.engine.schedule import Schedule, finish
@@ -49,6 +49,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.sequences[seq.request_id] = seq
         self.shares.arrive(seq.caller.client)
+        seq.start = self.shares.served(seq)
         shares = self.blocks.prefix_cache and seq.pooling is None and not seq.tells_prompt
         if not (shares and self.siblings.arrive(seq)):
             self.waiting.add(seq)
@@ -119,16 +120,16 @@ class Scheduler:
         step.num_decodes = len(step)
 
     def _schedule_prefills(self, step: Schedule, now: int) -> None:
-        """Next chunks of prompts: by fair share between clients, the shortest rest first within one, and a part of the budget
-        for the oldest whatever its length. Prompts that begin and end in this step have a larger budget, `whole`. None that
-        decode in this step lose their blocks to it."""
-        rows = sum(step.num_tokens)
-        budget, whole = self.pace.budget(rows), self.pace.budget(rows, SHORT)
+        """Next chunks of prompts, in the order of `in_turn` and with a part of the budget for the oldest whatever its
+        length. Prompts that begin and end in this step have a larger budget, `whole`. None that decode in this step lose their
+        blocks to it."""
+        rows, crowd = sum(step.num_tokens), len(self.running) / max(len(step), 1) - 1
+        budget, whole = self.pace.budget(rows, crowd=crowd), self.pace.budget(rows, SHORT, crowd)
         scheduled, preempted = set(step.sequences), set[Sequence]()
         prompts = [seq for seq in self.running if seq not in scheduled]
         oldest = prompts[0]
         kept = min(oldest.num_uncomputed, -(-budget // OLDEST_SHARE))
-        for seq in sorted(prompts, key=lambda seq: (lane(seq, now), self.shares.served(seq), seq.num_uncomputed, age(seq))):
+        for seq in in_turn(prompts, self.shares, now):
             if seq is oldest:
                 budget, kept = max(budget, kept), 0  # short ones may have taken more than all of it
             if whole - kept <= 0 or seq in preempted:

@@ -92,6 +92,7 @@ class Sequence:
     num_keep: int = field(init=False)  # head tokens that a context shift keeps
 
     # moved by Scheduler
+    start: int = 0  # its client's counter (fairness) when it came
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached: int = 0  # prompt tokens found in the prefix cache when it was first scheduled
     num_generated: int = 0  # the stop id included; context shifts and preemptions do not touch it

@@ -8,7 +8,7 @@ from array import array
 import pytest
 
 from ollamapy.engine import fairness
-from ollamapy.engine.fairness import MAX_IDLE, Queue, Shares, age
+from ollamapy.engine.fairness import MAX_IDLE, PASSING, Queue, Shares, age, in_turn
 from ollamapy.engine.protocol import Caller, SamplingParams, ServiceTier
 from ollamapy.engine.sequence import Sequence
 from tests.engine.fake import Run, alone
@@ -181,6 +181,45 @@ def test_short_prompts_pass_a_long_one_which_moves_on() -> None:
     assert steps_until_first_token(run, 19) <= 19 * 5 // 12 + 2
     assert run.engine.scheduler.sequences[0].num_computed >= 16 + 4 * 7, "a quarter of each step is its own"
     assert len(run.drain()[0].tokens) == 1
+
+
+@pytest.mark.parametrize(("clients", "more"), [(1, -1), (6, 1)])
+def test_prompts_of_about_one_length_are_computed_one_after_the_other(clients: int, more: int) -> None:
+    """Side by side, the first tokens of all would come at the end. Those that come later have so many tokens `more`."""
+    run = Run(num_blocks=400, context_length=512, max_batch_tokens=32, max_num_seqs=8)
+    order: list[int] = []
+    ends: list[int] = []
+    while len(order) < 8:
+        for i in {0: range(4), 6: range(4, 8)}.get(run.model.num_forwards, ()):
+            run.add(i, [i] * (100 + i // 4 * more), Caller(str(i % clients)), max_tokens=1)
+        run.step()
+        new = [i for i in run.answers if run.answers[i].tokens and i not in order]
+        order += new
+        ends += [run.model.num_forwards] * len(new)
+    assert order == list(range(8))
+    assert ends == [-(-(number * 100 + max(number - 4, 0) * more) // 32) for number in range(1, 9)]
+
+
+@pytest.mark.parametrize("passed", [0, 1])
+def test_a_long_prompt_is_passed_for_so_long_only(passed: int) -> None:
+    """By one of 70 tokens less when its client was served less than PASSING times that since it came."""
+    shares = Shares()
+    shares.arrive("a")
+    long, short = sequence(0, "a"), sequence(1, "a")
+    long.token_ids, short.token_ids = array("q", [1] * 100), array("q", [1] * 30)
+    shares.charge(long, PASSING * 70 - 1 + passed)
+    short.start = shares.served(short)
+    assert in_turn([long, short], shares, 0) == ([long, short] if passed else [short, long])
+
+
+def test_a_short_prompt_of_another_client_passes_a_long_one_that_has_begun() -> None:
+    run = Run(num_blocks=400, context_length=512, max_batch_tokens=32)
+    run.add(0, [7] * 400, FLOOD, max_tokens=1)
+    for _ in range(3):
+        run.step()
+    run.add(1, [3] * 20, LIGHT, max_tokens=1)
+    assert steps_until_first_token(run, 1) == 1
+    run.drain()
 
 
 def test_the_oldest_ends_under_endless_short_prompts() -> None:
