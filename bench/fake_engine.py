@@ -25,6 +25,7 @@ from ollamapy.lifecycle.loop import Loop
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.lifecycle.spawner import Spawner
 from ollamapy.server.main import run
+from ollamapy.server.start import set_up_logging
 
 NUM_WORDS = 1000
 FIRST_BYTE = 3
@@ -116,6 +117,7 @@ def engine_main(sock: socket.socket, plan: Plan) -> None:
 
 def serve() -> int:
     settings = env.load()
+    set_up_logging(settings)
     return run(settings, Residents(settings, spawner=Spawner((sys.executable, str(Path(__file__).resolve())))))
 
 

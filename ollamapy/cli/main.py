@@ -73,10 +73,10 @@ class _Serve(Command):
 @click.option("--precise", is_flag=True, help="Compute to the precision of float32 (OLLAMAPY_PRECISE)")
 def serve(precise: bool) -> int:
     """Start the server (also: start)"""
-    from ollamapy.server.main import run
+    from ollamapy.server.start import start
 
     settings = env.load()
-    return run(replace(settings, precise=precise or settings.precise))
+    return start(replace(settings, precise=precise or settings.precise))
 
 
 @cli.command()

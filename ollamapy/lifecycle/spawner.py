@@ -38,7 +38,7 @@ ENVIRONMENT = {
 
 
 class _Link:
-    """One forkserver process and its socket. All waits end when it ends."""
+    """One forkserver process and its socket. All waits end when it ends. It is heard once it is attached to an event loop."""
 
     def __init__(self, command: tuple[str, ...]) -> None:
         ours, theirs = socketpair()
@@ -53,9 +53,16 @@ class _Link:
         self._tickets = itertools.count(1)
         self._forks: dict[int, asyncio.Future[tuple[int, asyncio.Future[int]]]] = {}
         self._exits: dict[int, asyncio.Future[int]] = {}
-        self.preloaded: asyncio.Future[Preloaded] = asyncio.get_running_loop().create_future()
+        self.preloaded: asyncio.Future[Preloaded]
         self.alive = True
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._readable)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def attach(self) -> None:
+        """To the running loop. Idempotent."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self.preloaded = self._loop.create_future()
+            self._loop.add_reader(self._socket.fileno(), self._readable)
 
     async def fork(self, plan: Plan, engine: socket.socket) -> tuple[int, asyncio.Future[int]]:
         """Process id, and the future of its exit code. A fork that is cancelled is killed when it comes."""
@@ -113,10 +120,13 @@ class _Link:
         if not self.alive:
             return
         self.alive = False
-        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         self.process.kill()
         code = self.process.wait()  # at once: it is dead or has SIGKILL
+        if self._loop is None:
+            return
         error = EngineError(f"the process that starts engines ended with status {code}; see the server's log")
         for fork in self._forks.values():
             if not fork.done():
@@ -134,13 +144,19 @@ class Spawner:
         self._command = command
         self._link: _Link | None = None
 
-    def start(self) -> None:
-        """Starts the forkserver if none runs; does not wait for its imports. Call on the event loop's thread:
-        the kernel kills the forkserver when the thread that started it ends."""
+    def launch(self) -> None:
+        """Starts the forkserver if none runs; does not wait for its imports. Call on the thread of the event loop, which need
+        not run yet: the kernel kills the forkserver when the thread that started it ends."""
         if self._link is None or not self._link.alive:
             if self._link is not None:
                 log.warning("the process that starts engines has died; starting another")
             self._link = _Link(self._command)
+
+    def start(self) -> None:
+        """The same on the running event loop, which hears of the forkserver from now on."""
+        self.launch()
+        assert self._link is not None
+        self._link.attach()
 
     async def ready(self) -> Preloaded:
         """Waits for the imports."""

@@ -1,4 +1,4 @@
-"""`ollamapy serve`: listens, logs the settings, runs the application until it is told to stop."""
+"""The server's process once it is started: listens, logs the settings, runs the application until it is told to stop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 BACKLOG = 2048
 DRAIN_SECONDS = 10  # that requests in flight get at the first signal
 IDLE_SECONDS = 75  # that a connection may stay open without a request
-_TRACE = 5
 
 
 class ListenError(OllamapyError):
@@ -50,10 +49,9 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(settings: Settings, residents: Residents | None = None) -> int:
+def run(settings: Settings, residents: Residents) -> int:
     """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 when the address cannot be
-    listened on or the keys cannot be read."""
-    _set_up_logging(settings)
+    listened on or the keys cannot be read. Logging is set up."""
     address = Address.parse(settings.host)
     try:
         keys = read_keys(settings.api_keys)
@@ -129,11 +127,3 @@ def _bound(family: int, kind: int, protocol: int, where: object) -> socket.socke
 def _shown(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _set_up_logging(settings: Settings) -> None:
-    level = {"": logging.INFO, "0": logging.INFO, "false": logging.INFO, "2": _TRACE}.get(settings.debug.lower(), logging.DEBUG)
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s source=%(name)s msg=%(message)s"
-    )
-    logging.getLogger("asyncio").setLevel(max(level, logging.INFO))

@@ -14,8 +14,34 @@ from ollamapy.engine.protocol import Loading, Plan
 from ollamapy.errors import EngineError
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.spawner import Spawner
-from tests.lifecycle.fakes import COMMAND, collect, exists, written
+from tests.lifecycle.fakes import COMMAND, collect, exists, open_fds, written
 from tests.lifecycle.running import plan, with_spawner, within
+
+
+def test_a_forkserver_launched_before_the_event_loop_serves_it(tmp_path: Path) -> None:
+    """And one of which no loop ever heard is ended too."""
+    before = open_fds()
+    spawner = Spawner(COMMAND)
+    spawner.launch()
+    pid = spawner.pid
+    assert pid is not None
+
+    async def serve() -> None:
+        engine = await EngineProcess.start(spawner, plan(tmp_path / "m"))
+        assert spawner.pid == pid
+        assert await collect(engine, 3) == [1, 2, 3]
+        await engine.close()
+        spawner.close()
+
+    asyncio.run(asyncio.wait_for(serve(), 20))
+    assert not exists(pid)
+    unheard = Spawner(COMMAND)
+    unheard.launch()
+    assert (pid := unheard.pid) is not None
+    unheard.close()
+    unheard.close()
+    assert not exists(pid)
+    assert open_fds() == before
 
 
 def test_start_generate_embed_stats_close(tmp_path: Path) -> None:

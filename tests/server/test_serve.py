@@ -19,14 +19,9 @@ MODEL = "smollm2"
 
 
 def test_it_answers_soon(tmp_path: Path) -> None:
-    """A second on an idle machine; the first of three that is fast enough shows it."""
-    seconds = []
-    for _ in range(3):
-        with running(tmp_path / "models", tmp_path / "log") as daemon:
-            seconds.append(daemon.seconds_to_answer)
-        if seconds[-1] <= 1.0:
-            return
-    pytest.fail(f"/api/version was answered after {seconds} s")
+    """After some 0.3 s of work where importing torch alone takes one: it is another process that does that."""
+    with running(tmp_path / "models", tmp_path / "log") as daemon:
+        assert daemon.work_to_answer <= 0.8
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
