@@ -16,10 +16,11 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from ollamapy.engine.prefix_reading import Buffers, Page, Pages, Reading
 
 log = logging.getLogger(__name__)
 
@@ -31,21 +32,6 @@ MAX_FILE = 64 << 20
 PAUSE = 60.0  # seconds without writes after one failed, as on a full disk
 ABANDONED = 600.0  # seconds after which a temporary file is of nobody
 KEPT = 0.9  # of the limit, when files are deleted because of it
-
-Pages = Mapping[int, bytes | bytearray | memoryview]
-"""Layer group -> page."""
-
-
-class Found(NamedTuple):
-    """What was read of a chain, in its order; it ends where a file is not there or no good."""
-
-    pages: list[tuple[bytes, Pages]]
-    seconds: float
-
-
-class _Read(NamedTuple):
-    digests: Sequence[bytes]
-    future: Future[Found]
 
 
 class _Write(NamedTuple):
@@ -76,7 +62,8 @@ class PrefixStore:
         self._paused_until = 0.0
         self.num_written = self.num_read = self.num_bad = self.num_failed = 0
         self.num_bytes = 0  # of all models, as last seen
-        self._jobs: queue.SimpleQueue[_Read | _Write] = queue.SimpleQueue()
+        self.buffers = Buffers()
+        self._jobs: queue.SimpleQueue[Reading | _Write] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="prefix-store", daemon=True)
         self._thread.start()
 
@@ -104,11 +91,11 @@ class PrefixStore:
         self._jobs.put(_Write(digest, pages))
         return True
 
-    def read(self, digests: Sequence[bytes]) -> Future[Found]:
-        """Has the files of a chain read."""
-        future: Future[Found] = Future()
-        self._jobs.put(_Read(digests, future))
-        return future
+    def read(self, digests: Sequence[bytes]) -> Reading:
+        """Has the files of a chain read, as fast as its pages are taken."""
+        reading = Reading(tuple(digests), self.buffers)
+        self._jobs.put(reading)
+        return reading
 
     def flush(self, seconds: float) -> bool:
         """Waits until what was offered is written; whether it was in time."""
@@ -133,12 +120,13 @@ class PrefixStore:
             except Exception:  # the thread has to go on: requests wait for its answers
                 log.exception("prefix cache: a file was not read or written")
                 self.num_failed += 1
-                if isinstance(job, _Read):
-                    job.future.set_result(Found([], 0.0))
+            finally:
+                if isinstance(job, Reading):
+                    job.put(None)
 
-    def _do(self, job: _Read | _Write) -> None:
-        if isinstance(job, _Read):
-            job.future.set_result(self._read_chain(job.digests))
+    def _do(self, job: Reading | _Write) -> None:
+        if isinstance(job, Reading):
+            self._read_chain(job)
             return
         try:
             self._write(job.digest, job.pages)
@@ -185,35 +173,41 @@ class PrefixStore:
         if self.num_bytes > self._limit:
             self._make_room()
 
-    def _read_chain(self, digests: Sequence[bytes]) -> Found:
-        start = time.perf_counter()
-        pages: list[tuple[bytes, Pages]] = []
-        for digest in digests:
-            found = self._read(digest)
-            if found is None:
+    def _read_chain(self, reading: Reading) -> None:
+        """Ends where a file is not there or no good."""
+        for digest in reading.digests:
+            path = self._path(digest, self._known.get(digest, 0))
+            buffer = None
+            try:
+                os.utime(path)
+                with open(path, "rb", buffering=0) as file:
+                    size = min(os.fstat(file.fileno()).st_size, MAX_FILE)
+                    buffer = self.buffers.take(size, reading)
+                    if buffer is None:
+                        return
+                    start = time.perf_counter()
+                    data = memoryview(buffer)[:size]
+                    pages = self._parsed(digest, data) if file.readinto(data) == size and not file.read(1) else None
+            except OSError:  # another process has made room
+                pages = None
+            else:
+                if pages is None:
+                    self._delete_bad(path)
+            if pages is None or buffer is None:
                 self._known.pop(digest, None)
-                break
-            pages.append((digest, found))
-        self.num_read += len(pages)
-        return Found(pages, time.perf_counter() - start)
+                if buffer is not None:
+                    self.buffers.give(buffer)
+                return
+            self.num_read += 1
+            reading.num_bytes += size
+            reading.seconds += time.perf_counter() - start
+            reading.put(Page(digest, pages, buffer))
 
-    def _read(self, digest: bytes) -> Pages | None:
-        path = self._path(digest, self._known.get(digest, 0))
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                data = bytearray(min(size, MAX_FILE))
-                length = file.readinto(data)
-            os.utime(path)
-        except OSError:  # another process has made room
-            return None
-        pages = self._parsed(digest, memoryview(data)) if length == size else None
-        if pages is None:
-            self.num_bad += 1
-            log.warning("prefix cache: %s is damaged or of another make and is deleted", path.name)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        return pages
+    def _delete_bad(self, path: Path) -> None:
+        self.num_bad += 1
+        log.warning("prefix cache: %s is damaged or of another make and is deleted", path.name)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
     def _parsed(self, digest: bytes, data: memoryview) -> Pages | None:
         if len(data) < HEADER.size + MAC_BYTES:

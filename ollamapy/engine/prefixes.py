@@ -7,8 +7,8 @@ cheaper than to compute it, by what both have cost before; the request waits out
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as ListLike
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ollamapy.engine.block_check import GONE
 from ollamapy.engine.blocks import BlockManager
-from ollamapy.engine.prefix_store import Found, Pages, PrefixStore
+from ollamapy.engine.prefix_reading import Pages, Reading
+from ollamapy.engine.prefix_store import PrefixStore
 from ollamapy.engine.sequence import Sequence
 
 STEP_BYTES = 4 << 20  # copied to the store in one step: about 1 ms
@@ -52,11 +53,10 @@ class Costs:
 
 @dataclass(slots=True)
 class _Restore:
-    """A request whose prefix is read, then put into the pool, its last block first."""
+    """A request whose prefix is read and put into the pool."""
 
     seq: Sequence
-    future: Future[Found]
-    pages: list[tuple[bytes, Pages]] | None = None
+    reading: Reading
 
 
 class Prefixes:
@@ -157,30 +157,28 @@ class Prefixes:
 
     def abort(self, request_id: int) -> Sequence | None:
         found = self._restoring.pop(request_id, None)
-        return found.seq if found is not None else None
+        if found is None:
+            return None
+        found.reading.cancel()
+        return found.seq
 
     def knows(self, request_id: int) -> bool:
         return request_id in self._restoring
 
     def restored(self, idle: bool) -> list[Sequence]:
         """Sequences whose wait is over. With nothing else to do (`idle`), waits a little for them, and for room to write."""
-        if idle and self._restoring:
-            wait([each.future for each in self._restoring.values()], IDLE_WAIT, FIRST_COMPLETED)
-        elif idle and self.store.is_full:
+        if idle and not self._restoring and self.store.is_full:
             self.store.flush(IDLE_WAIT)
         done = []
-        left = RESTORE_BYTES
+        left, end = RESTORE_BYTES, time.monotonic() + IDLE_WAIT * idle
         for restore in list(self._restoring.values()):
-            if not restore.future.done() or left <= 0:
-                continue
-            if restore.pages is None:
-                found = restore.future.result()
-                restore.pages = list(found.pages)
-                self.costs.read(sum(len(p) for _, pages in restore.pages for p in pages.values()), found.seconds)
-                self.blocks.touch([digest for digest, _ in restore.pages])
-            while restore.pages and left > 0:
-                left -= self._put(*restore.pages.pop())
-            if not restore.pages:
+            reading = restore.reading
+            while left > 0 and (page := reading.next(end - time.monotonic())) is not None:
+                left -= self._put(page.digest, page.pages)
+                reading.done(page)
+            if reading.has_ended:
+                self.costs.read(reading.num_bytes, reading.seconds)
+                self.blocks.touch(reading.digests)
                 del self._restoring[restore.seq.request_id]
                 done.append(restore.seq)
         return done

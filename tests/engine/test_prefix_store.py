@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ollamapy.engine import prefixes
+from ollamapy.engine import prefix_reading, prefixes
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.prefix_store import PrefixStore
 from ollamapy.engine.protocol import Plan
@@ -41,10 +41,15 @@ def files(folder: Path) -> list[Path]:
 
 def read(store: PrefixStore, *digests: bytes) -> list[bytes]:
     """The digests whose pages came back whole."""
-    found = store.read(digests).result(10).pages
-    for digest, pages in found:
-        assert {group: bytes(page) for group, page in pages.items()} == {0: PAGE, 2: digest * 256}
-    return [digest for digest, _ in found]
+    reading, found = store.read(digests), []
+    while not reading.has_ended:
+        page = reading.next(10)
+        if page is not None:
+            assert {group: bytes(content) for group, content in page.pages.items()} == {0: PAGE, 2: page.digest * 256}
+            found.append(page.digest)
+            reading.done(page)
+    assert store.buffers.num_lent == 0
+    return found
 
 
 def test_what_was_written_is_read_after_a_restart(tmp_path: Path) -> None:
@@ -256,3 +261,43 @@ def test_reading_is_chosen_by_cost() -> None:
 
 def test_no_store_without_a_folder() -> None:
     assert Run().engine.prefixes is None and Plan("m").prefix_folder == ""
+
+
+def test_buffers_go_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them for 30 files; readings that nobody wants any more give theirs back and do not hold up the next."""
+    monkeypatch.setattr(prefix_reading, "BUFFER_BYTES", 3 * (2 * len(PAGE) + 200))
+    store = written(tmp_path, *D[:30])
+    for taken in (0, 1, 5, 29):
+        left = store.read(D[:30])
+        for _ in range(taken):
+            page = left.next(10)
+            assert page is not None
+            left.done(page)
+        left.cancel()
+    assert read(store, *D[:30]) == D[:30] and store.buffers.num_lent == 0
+    assert store.buffers._count == 3
+    held = store.read(D[:5])
+    pages = [held.next(10) for _ in range(3)]
+    assert None not in pages and held.next(0.2) is None and not held.has_ended, "all buffers are with whoever is slow"
+    for page in pages:
+        assert page is not None and bytes(page.pages[0]) == PAGE
+        held.done(page)
+    while not held.has_ended:
+        if (page := held.next(10)) is not None:
+            held.done(page)
+    assert store.buffers.num_lent == 0
+
+
+def test_a_page_that_needs_a_larger_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_reading, "BUFFER_BYTES", 0)
+    store = opened(tmp_path)
+    for number, digest in enumerate(D[:6]):
+        assert store.offer(digest, dict.fromkeys(range(1 + number % 3), PAGE))
+    assert store.flush(10)
+    reading, sizes = store.read(D[:6]), []
+    while not reading.has_ended:
+        if (page := reading.next(10)) is not None:
+            assert all(bytes(content) == PAGE for content in page.pages.values())
+            sizes.append(len(page.pages))
+            reading.done(page)
+    assert sizes == [1, 2, 3] * 2 and store.buffers.num_lent == 0
