@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ollamapy import extension
+from ollamapy.cpu_memory import untouched
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import GGMLType
@@ -137,12 +137,7 @@ def new_cache(state: LayerState, num_blocks: int, block_size: int, dtype: torch.
         key, value = ((*heads, length // 32, Q8_GROUP_BYTES) for length in (state.key_length, state.value_length))
     else:
         key, value = (*heads, state.key_length, BLOCK_TOKENS), (*heads, BLOCK_TOKENS, state.value_length)
-    return KVCache(_zeros(key, dtype), _zeros(value, dtype))
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that the system hands out as it is touched: torch.zeros would write the whole pool at load (0.3 s for 755 MB)."""
-    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), dtype=np.uint8)).view(dtype).squeeze(-1)
+    return KVCache(untouched(key, dtype), untouched(value, dtype))
 
 
 def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:

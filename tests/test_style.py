@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cuda_extension": LEAVES | {"_build", "_build_cuda"},
     "cuda_kernels": LEAVES | {"quant", "engine", "cuda_extension", "cpu_kernels", "reference", "triton_kernels"},
     "reference": LEAVES | {"quant", "engine"},
-    "cpu_kernels": LEAVES | {"quant", "engine", "extension", "reference"},
+    "cpu_kernels": LEAVES | {"quant", "engine", "extension", "reference", "cpu_memory"},
+    "cpu_memory": set(),
     "kernel": LEAVES | {"quant"},
     "cpu_sampling": LEAVES | {"engine", "extension", "reference"},
     "kernel_table": LEAVES
