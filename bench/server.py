@@ -13,11 +13,10 @@ import re
 import selectors
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -28,6 +27,7 @@ import httpx
 import psutil
 
 from bench import fake_engine
+from tests.daemon import Serving, free_port
 
 MODEL = "count"
 SECONDS = 4.0  # that a streaming case takes, about
@@ -59,55 +59,36 @@ class Result:
     latency_ms_p99: float | None
 
 
-class Daemon:
-    """A daemon with the counting engine and its one model, in a store of its own."""
-
-    def __init__(self, folder: Path, root: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        variables = {
-            "OLLAMA_HOST": f"127.0.0.1:{self.port}",
-            "OLLAMA_MODELS": str(folder / "models"),
-            "OLLAMA_KEEP_ALIVE": "-1",
-        }
-        command = [sys.executable, str(root / "bench" / "fake_engine.py"), "serve"]
-        with (folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=root, stderr=log, env={**os.environ, **variables})
-        self._wait()
-        fake_engine.write_model(folder / "count.gguf")
-        content = (folder / "count.gguf").read_bytes()
-        digest = f"sha256:{sha256(content).hexdigest()}"
-        with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as client:
-            client.post(f"/api/blobs/{digest}", content=content).raise_for_status()
-            body = {"model": MODEL, "files": {"count.gguf": digest}, "stream": False}
-            client.post("/api/create", json=body).raise_for_status()
-            client.post("/api/generate", json={"model": MODEL}).raise_for_status()
-
-    def _wait(self) -> None:
-        for _ in range(3000):
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.01)
-        raise TimeoutError("the daemon does not answer")
-
-    def cpu_seconds(self) -> float:
-        times = psutil.Process(self.process.pid).cpu_times()
-        return float(times.user + times.system)
+def create(url: str, folder: Path, headers: Mapping[str, str]) -> None:
+    """Gives a daemon that counts its one model."""
+    fake_engine.write_model(folder / "count.gguf")
+    content = (folder / "count.gguf").read_bytes()
+    digest = f"sha256:{sha256(content).hexdigest()}"
+    body = {"model": MODEL, "files": {"count.gguf": digest}, "stream": False}
+    with httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False) as client:
+        client.post(f"/api/blobs/{digest}", content=content).raise_for_status()
+        client.post("/api/create", json=body).raise_for_status()
 
 
 @contextmanager
-def daemon(root: Path) -> Iterator[Daemon]:
-    with tempfile.TemporaryDirectory() as folder:
-        made = Daemon(Path(folder), root)
+def daemon(root: Path) -> Iterator[Serving]:
+    """The daemon of the source tree `root`, with the counting engine and its one model loaded, in a store of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, port = Path(name), free_port()
+        own = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(folder / "models"), "OLLAMA_KEEP_ALIVE": "-1"}
+        command = (sys.executable, str(root / "bench" / "fake_engine.py"), "serve")
+        made = Serving(folder / "log", {**os.environ, **own}, port, command, root)
         try:
+            create(made.url, folder, {})
+            httpx.post(f"{made.url}/api/generate", json={"model": MODEL}, timeout=30, trust_env=False).raise_for_status()
             yield made
         finally:
-            made.process.terminate()
-            made.process.wait(30)
+            made.stop()
+
+
+def cpu_seconds(daemon: Serving) -> float:
+    times = psutil.Process(daemon.process.pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def request(case: Case, stream: bool = True) -> bytes:
@@ -121,7 +102,7 @@ def request(case: Case, stream: bool = True) -> bytes:
     return f"{head}\r\n\r\n".encode() + content
 
 
-def stream(daemon: Daemon, case: Case) -> Result:
+def stream(daemon: Serving, case: Case) -> Result:
     """All streams begin together. Every text is compared with what the engine said."""
     arrivals: dict[socket.socket, list[tuple[float, bytes]]] = {}
     content = request(case)
@@ -130,7 +111,7 @@ def stream(daemon: Daemon, case: Case) -> Result:
             sock = socket.create_connection(("127.0.0.1", daemon.port))
             selector.register(sock, selectors.EVENT_READ)
             arrivals[sock] = []
-        cpu, own, start = daemon.cpu_seconds(), time.process_time(), time.monotonic()
+        cpu, own, start = cpu_seconds(daemon), time.process_time(), time.monotonic()
         for sock in arrivals:
             sock.sendall(content)
         left = case.streams
@@ -143,7 +124,7 @@ def stream(daemon: Daemon, case: Case) -> Result:
                     selector.unregister(key.fileobj)
                     left -= 1
         seconds = time.monotonic() - start
-        used, own_used = daemon.cpu_seconds() - cpu, time.process_time() - own
+        used, own_used = cpu_seconds(daemon) - cpu, time.process_time() - own
     lines = 0
     for sock, chunks in arrivals.items():
         sock.close()
@@ -188,10 +169,10 @@ def answer(raw: bytes) -> tuple[str, int]:
     return "".join(texts), sum(1 for text in texts if text)
 
 
-def requests_per_second(daemon: Daemon, connections: int, seconds: float) -> dict[str, float]:
+def requests_per_second(daemon: Serving, connections: int, seconds: float) -> dict[str, float]:
     """Whole answers of one token, one request after the other on each connection."""
     content = request(Case("", connections, 1), stream=False)
-    done, cpu = 0, daemon.cpu_seconds()
+    done, cpu = 0, cpu_seconds(daemon)
     with selectors.DefaultSelector() as selector:
         socks = [socket.create_connection(("127.0.0.1", daemon.port)) for _ in range(connections)]
         start = time.monotonic()
@@ -208,7 +189,7 @@ def requests_per_second(daemon: Daemon, connections: int, seconds: float) -> dic
                     key.fileobj.sendall(content)
                 selector.modify(key.fileobj, selectors.EVENT_READ, b"" if whole else received)
         elapsed = time.monotonic() - start
-        used = daemon.cpu_seconds() - cpu
+        used = cpu_seconds(daemon) - cpu
         for sock in socks:
             sock.close()
     return {"connections": connections, "per_s": round(done / elapsed), "daemon_us": round(used / done * 1e6)}

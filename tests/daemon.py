@@ -1,4 +1,4 @@
-"""A real `ollamapy serve` process with a home and a store of its own, and the real command line against it."""
+"""A real `ollamapy serve` process, and the real command line against one with a home and a store of its own."""
 
 from __future__ import annotations
 
@@ -8,18 +8,57 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import psutil
+
 from ollamapy.api.address import Address
 from ollamapy.api.client import Client
-from ollamapy.errors import Unreachable
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "ollamapy"]
+SERVE = (*COMMAND, "serve")
 START_SECONDS = 30
+
+
+class Serving:
+    """A daemon's process, which answers or has ended. `work_to_answer`: seconds of its own processor time until it answered
+    /api/version first."""
+
+    def __init__(
+        self, log: Path, environment: Mapping[str, str], port: int, command: tuple[str, ...] = SERVE, cwd: Path = ROOT
+    ) -> None:
+        self.log, self.port = log, port
+        self.url = f"http://127.0.0.1:{port}"
+        start = time.monotonic()
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, env=environment)
+        while self.process.poll() is None and not self.answers():
+            assert time.monotonic() - start < START_SECONDS, log.read_text()
+            time.sleep(0.01)
+        used = psutil.Process(self.process.pid).cpu_times()
+        self.work_to_answer = used.user + used.system
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/api/version", timeout=2, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        """The exit status; it is killed when it does not end by itself."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            return self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
 
 
 @dataclass
@@ -69,32 +108,14 @@ def free_port() -> int:
 @contextmanager
 def running(home: Path, **variables: str) -> Iterator[Daemon]:
     """A daemon that answers; ends it by SIGTERM, which must work."""
-    daemon = environment(home, free_port(), **variables)
+    port = free_port()
+    daemon = environment(home, port, **variables)
     home.mkdir(parents=True, exist_ok=True)
-    with open(daemon.log, "wb") as log:
-        daemon.process = subprocess.Popen([*COMMAND, "serve"], env=daemon.environment, cwd=ROOT, stdout=log, stderr=log)
+    serving = Serving(daemon.log, daemon.environment, port)
+    daemon.process = serving.process
     try:
-        wait_until_it_answers(daemon)
+        assert serving.process.poll() is None, daemon.log.read_text()
         yield daemon
     finally:
-        daemon.process.send_signal(signal.SIGTERM)
-        try:
-            status = daemon.process.wait(20)
-        except subprocess.TimeoutExpired:
-            daemon.process.kill()
-            daemon.process.wait()
-            raise
+        status = serving.stop()
     assert status == 0, daemon.log.read_text()
-
-
-def wait_until_it_answers(daemon: Daemon) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    with daemon.client() as client:
-        while True:
-            try:
-                client.version()
-                return
-            except Unreachable:
-                assert daemon.process is None or daemon.process.poll() is None, daemon.log.read_text()
-                assert time.monotonic() < deadline, daemon.log.read_text()
-                time.sleep(0.02)

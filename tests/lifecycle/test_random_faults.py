@@ -185,6 +185,7 @@ def test_real_engines_without_more_memory(tmp_path: Path, smollm2_path: Path) ->
     async def check(residents: Residents) -> None:
         nonlocal limits
         expected = {prompt: await answer(residents, model, 6, prompt) for prompt in (5, 300)}
+        await residents.unload(model)
         async with beside(residents, other) as pid:
             while limits < 60:
                 await residents.unload(model)

@@ -1,13 +1,11 @@
-"""A real daemon in its own process, on a free port, with a store of its own; and raw HTTP over sockets to it."""
+"""A real daemon on a free port, what the tests of the server ask it, and raw HTTP over sockets to it."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,34 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
-ROOT = Path(__file__).parents[2]
-SERVE = (sys.executable, "-m", "ollamapy", "serve")
+from tests.daemon import SERVE, Serving, free_port
 
 
-class Daemon:
-    """`work_to_answer`: seconds of its own processor time until it answered /api/version first."""
+class Daemon(Serving):
+    """With a store of its own in the folder `models`."""
 
-    def __init__(self, models: Path, log: Path, port: int = 0, **variables: str) -> None:
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        environment = {**os.environ, "OLLAMA_HOST": f"127.0.0.1:{self.port}", "OLLAMA_MODELS": str(models), **variables}
-        start = time.monotonic()
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(SERVE, stderr=out, cwd=ROOT, env=environment)
-        while self.process.poll() is None and not self.answers():
-            assert time.monotonic() - start < 30, log.read_text()
-            time.sleep(0.01)
-        used = psutil.Process(self.process.pid).cpu_times()
-        self.work_to_answer = used.user + used.system
-
-    def answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/api/version", timeout=2, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
+    def __init__(self, models: Path, log: Path, port: int = 0, command: tuple[str, ...] = SERVE, **variables: str) -> None:
+        port = port or free_port()
+        own = {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(models)}
+        super().__init__(log, {**os.environ, **own, **variables}, port, command)
 
     def get(self, path: str) -> Any:
         return httpx.get(self.url + path, timeout=30, trust_env=False).json()
@@ -72,26 +53,14 @@ class Daemon:
         assert stats["free_blocks"] + stats["cached_blocks"] == stats["total_blocks"] and stats["integrity"] == "ok", stats
         return time.monotonic() - start
 
-    def stop(self, how: int = signal.SIGTERM) -> int:
-        """The exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        return self.process.wait(30)
-
 
 @contextmanager
-def running(models: Path, log: Path, port: int = 0, **variables: str) -> Iterator[Daemon]:
-    daemon = Daemon(models, log, port, **variables)
+def running(models: Path, log: Path, port: int = 0, command: tuple[str, ...] = SERVE, **variables: str) -> Iterator[Daemon]:
+    daemon = Daemon(models, log, port, command, **variables)
     try:
         yield daemon
     finally:
         daemon.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def request_bytes(method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> bytes:
@@ -104,6 +73,18 @@ def request_bytes(method: str, path: str, body: object = None, headers: Mapping[
 
 def connect(daemon: Daemon) -> socket.socket:
     return socket.create_connection(("127.0.0.1", daemon.port), timeout=60)
+
+
+def leave(sock: socket.socket, how: str, seconds: float | None = None) -> None:
+    """Ends a connection: "close", "reset", or "half-close", which is all, or has it closed after so many seconds."""
+    if how == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    elif how == "half-close":
+        sock.shutdown(socket.SHUT_WR)
+        if seconds is None:
+            return
+        time.sleep(seconds)
+    sock.close()
 
 
 def read_head(sock: socket.socket) -> tuple[int, dict[str, str], bytes]:

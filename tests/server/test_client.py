@@ -13,7 +13,8 @@ from ollamapy.api.client import Client
 from ollamapy.api.messages import Message
 from ollamapy.api.types import ChatRequest, CreateRequest, EmbedRequest, GenerateRequest, ModelRequest
 from ollamapy.errors import BadRequest, NotFound, NotSupported, Unreachable
-from tests.server.daemon import Daemon, free_port
+from tests.daemon import free_port
+from tests.server.daemon import Daemon
 
 MODEL = "smollm2"
 SHORT = {"num_predict": 3, "temperature": 0}

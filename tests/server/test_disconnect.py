@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import random
 import socket
-import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.server.daemon import Daemon, connect, request_bytes
+from tests.server.daemon import Daemon, connect, leave, request_bytes
 
 MODEL = "smollm2"
-LIMIT = 0.25  # seconds
-STEP = 0.15  # of the engine on a slow machine: an abort is seen between two steps
+LIMIT = 1.0  # second: less than any answer here takes; how long it takes on a quiet machine, test_faults.py measures
 LONG = {"model": MODEL, "prompt": "Count: one, two,", "options": {"num_predict": 2000, "seed": 1}}
 PREFILL = {"model": MODEL, "prompt": "many words " * 1500, "options": {"num_predict": 2000}}
 BODIES = {
@@ -42,24 +40,14 @@ def start(daemon: Daemon, path: str, body: object) -> socket.socket:
     return sock
 
 
-def leave(sock: socket.socket, how: str) -> None:
-    if how == "reset":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    elif how == "half-close":
-        sock.shutdown(socket.SHUT_WR)
-        return
-    sock.close()
-
-
 @pytest.mark.parametrize("how", ["close", "reset", "half-close"])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", list(BODIES))
 def test_generation_stops(daemon: Daemon, path: str, stream: bool, how: str) -> None:
-    sock = start(daemon, path, {**BODIES[path], "stream": stream})
-    wait_until_running(daemon)
-    leave(sock, how)
-    assert daemon.seconds_until_idle() <= LIMIT + STEP
-    sock.close()
+    with start(daemon, path, {**BODIES[path], "stream": stream}) as sock:
+        wait_until_running(daemon)
+        leave(sock, how)
+        assert daemon.seconds_until_idle() <= LIMIT
 
 
 @pytest.mark.parametrize("stream", [True, False])

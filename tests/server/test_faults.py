@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import socket
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,9 +20,10 @@ import psutil
 import pytest
 
 from bench import fake_engine
+from bench.server import MODEL as COUNTING
 from tests.scripted import write_scripted
 from tests.server import counting
-from tests.server.daemon import Daemon, connect, request_bytes, running
+from tests.server.daemon import Daemon, connect, leave, request_bytes, running
 
 MODEL = "endless"
 SEATS = 4
@@ -123,15 +123,6 @@ class Phases:
         return sock
 
 
-def leave(sock: socket.socket, how: str) -> None:
-    if how == "reset":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    elif how == "half-close":
-        sock.shutdown(socket.SHUT_WR)
-        time.sleep(0.05)
-    sock.close()
-
-
 def nothing_left(daemon: Daemon) -> bool:
     rows = daemon.get("/api/ps?verbose=1")["models"]
     if not rows:
@@ -148,7 +139,7 @@ def disconnects(daemon: Daemon, plan: dict[str, int]) -> dict[str, list[float]]:
     for name, count in plan.items():
         for _ in range(count):
             sock = getattr(phases, name)()
-            leave(sock, rng.choice(["close", "reset", "half-close"]))
+            leave(sock, rng.choice(["close", "reset", "half-close"]), 0.05)
             taken[name].append(wait_for(lambda: nothing_left(daemon)))
         load(daemon)
         daemon.seconds_until_idle()
@@ -223,7 +214,7 @@ def test_no_answer_has_anothers_text(tmp_path_factory: pytest.TempPathFactory, c
     def ask(client: httpx.Client, url: str, plan: tuple[int, int, float]) -> str:
         first, tokens, chance = plan
         messages = [{"role": "user", "content": f"Begin at w{first:03}"}]
-        body: dict[str, Any] = {"model": counting.MODEL, "messages": messages, "stream": chance < 0.7}
+        body: dict[str, Any] = {"model": COUNTING, "messages": messages, "stream": chance < 0.7}
         expected = fake_engine.text(tokens, first).strip()
         if chance < 0.25:
             with client.stream("POST", f"{url}/api/chat", json={**body, "options": {"num_predict": 10000}}) as response:

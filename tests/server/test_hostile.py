@@ -62,8 +62,8 @@ def test_options(daemon: Daemon, pid: int, option: str) -> None:
 @pytest.mark.parametrize("field", FIELDS.split())
 def test_fields(daemon: Daemon, pid: int, field: str) -> None:
     for value in EXTREMES:
-        if field == "keep_alive" and isinstance(value, int | float) and value < 1:
-            continue  # 0 unloads it
+        if field == "keep_alive" and isinstance(value, int | float) and value < 60:
+            continue  # 0 unloads it at once, a second before a slow machine asks again
         options = {"num_predict": 2}
         ask(daemon, "/api/generate", {"model": MODEL, "prompt": "Hi", "stream": False, "options": options, field: value})
     assert daemon.engine()["pid"] == pid

@@ -10,9 +10,11 @@ import ollama
 import openai
 import pytest
 
+from bench.server import MODEL
 from ollamapy.server.keys import KeysError, read_keys
-from tests.server.counting import MODEL, counting
-from tests.server.daemon import Daemon, free_port, running
+from tests.daemon import free_port
+from tests.server.counting import counting
+from tests.server.daemon import Daemon, running
 from tests.server.test_guard import endpoints
 
 KEYS = ("first-key-1", "second-key-2")

@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.counting import MODEL, counting
+from bench.server import MODEL
+from tests.server.counting import counting
 from tests.server.daemon import Daemon, connect, read_head, request_bytes
 
 SECRET = "xyzzy-1d7f"

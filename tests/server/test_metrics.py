@@ -16,10 +16,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench import fake_engine
+from bench.server import MODEL
 from ollamapy.engine.protocol import Finish
 from ollamapy.server.record import FAST, Histogram, Record, Totals
-from tests.server.counting import MODEL, counting
-from tests.server.daemon import ROOT, Daemon, connect, free_port, read_head, request_bytes
+from tests.daemon import ROOT, free_port
+from tests.server.counting import counting
+from tests.server.daemon import Daemon, connect, read_head, request_bytes
 
 LABEL = f"{MODEL}:latest"
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.daemon import ROOT, SERVE, Daemon, connect, read_head, request_bytes, running
+from tests.daemon import ROOT, SERVE
+from tests.server.daemon import Daemon, connect, read_head, request_bytes, running
 
 MODEL = "smollm2"
 

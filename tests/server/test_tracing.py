@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from bench.server import MODEL
 from ollamapy.server import tracing
-from tests.server.counting import MODEL, counting
-from tests.server.daemon import ROOT, Daemon
+from tests.daemon import ROOT
+from tests.server.counting import counting
+from tests.server.daemon import Daemon
 
 SECRET = "xyzzy-77aa"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

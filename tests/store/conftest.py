@@ -1,4 +1,4 @@
-"""A folder in memory for stores."""
+"""A folder in memory for stores, and an empty one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ollamapy.store.library import Library
 
 
 @pytest.fixture
@@ -19,3 +21,8 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def library(memory: Path) -> Library:
+    return Library(memory / "deep" / "models")
