@@ -15,16 +15,20 @@ from ollamapy import modelfile
 from ollamapy.api.options import OPTIONS, coerce
 from ollamapy.api.types import CreateRequest, Progress
 from ollamapy.chat.gotemplate import Template
+from ollamapy.convert.adapter import AdapterConfig, write_adapter
+from ollamapy.convert.safetensors import SafetensorsFile
 from ollamapy.errors import BadRequest
+from ollamapy.gguf.reader import GGUFFile
 from ollamapy.names import ModelName, split_source
 from ollamapy.store import manifests
 from ollamapy.store.digest import Digest
-from ollamapy.store.gguf_layers import GGUFLayer, read_layers
+from ollamapy.store.gguf_layers import BESIDE, GGUFLayer, read_layers
 from ollamapy.store.library import Library, LocalModel
 from ollamapy.store.manifests import ConfigBlob, Layer, Manifest
 
 Report = Callable[[Progress], None]
 
+MAX_CONFIG = 1 << 20  # bytes of an adapter_config.json
 _WEIGHTS = (manifests.MODEL, manifests.TENSOR)
 
 
@@ -91,7 +95,7 @@ def _check(request: CreateRequest) -> list[str]:
             if not path or "\\" in path or ":" in path or any(part in ("", ".", "..") for part in parts):
                 raise BadRequest("file path must be relative")
             Digest.parse(digest)
-    if len(request.adapters) > 1:
+    if sum(not name.endswith(BESIDE) for name in request.adapters) > 1:
         raise BadRequest("only one adapter is currently supported")
     if request.requires:
         modelfile.parse_version(request.requires)
@@ -131,7 +135,7 @@ def _collected(
     if base and any(layer.media_type == manifests.MODEL for layer in found):
         raise BadRequest("both 'from' and 'files' give the weights of the model")
     if request.adapters:
-        adapters = read_layers(library.blobs, request.adapters, parsing)
+        adapters = read_layers(library.blobs, _as_gguf(request, library, base, found, progress), parsing)
         if any(layer.media_type != manifests.ADAPTER for layer in adapters):
             raise BadRequest("the adapter is not a LoRA adapter in GGUF format")
         found, layers = found + adapters, _without(layers, manifests.ADAPTER)
@@ -148,6 +152,33 @@ def _collected(
     config.parser = request.parser or config.parser
     config.requires = request.requires.removeprefix("v") or config.requires
     return config, layers
+
+
+def _as_gguf(
+    request: CreateRequest, library: Library, base: LocalModel | None, found: list[GGUFLayer], progress: Report
+) -> dict[str, str]:
+    """The files of the adapter, with one in safetensors converted for the base model to a new blob."""
+    names = [name for name in request.adapters if name.endswith(".safetensors")]
+    if not names:
+        return request.adapters
+    blobs = library.blobs
+    own = [blobs.path(layer.digest) for layer in found if layer.media_type == manifests.MODEL]
+    model = base.model_path if base is not None else next(iter(own), None)
+    if model is None:
+        raise BadRequest("no base model was found")
+    config = next((text for name, text in request.adapters.items() if posixpath.basename(name) == "adapter_config.json"), None)
+    if config is None:
+        raise BadRequest(f"an adapter in safetensors needs its adapter_config.json beside it: {names[0]}")
+    for text in (config, request.adapters[names[0]]):
+        if not blobs.has(Digest.parse(text)):
+            raise BadRequest(f"blob not found for the adapter (digest {text})")
+    progress(Progress(status="converting adapter"))
+    parsed = AdapterConfig.parse(blobs.read(Digest.parse(config), MAX_CONFIG))
+    file = SafetensorsFile(blobs.path(Digest.parse(request.adapters[names[0]])), names[0])
+    blobs.check_space(2 * file.num_bytes)
+    with GGUFFile.open(model) as opened:
+        digest = blobs.import_made(lambda path: write_adapter(path, parsed, file, opened), "convert an adapter")
+    return {"adapter.gguf": digest.text}
 
 
 def _describe(config: ConfigBlob, layer: GGUFLayer) -> None:

@@ -37,7 +37,7 @@ def head_length(config: HFConfig) -> int:
 
 def _interleave(tensor: Tensor, heads: int) -> Tensor:
     """Rows of each head from halves (i, i + D / 2), as HF turns them, to pairs (2i, 2i + 1). Weights and biases alike."""
-    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
 
 def _interleave_q(tensor: Tensor, config: HFConfig) -> Tensor:

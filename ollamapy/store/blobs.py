@@ -181,6 +181,17 @@ class BlobStore:
         assert writer.digest is not None
         return writer.digest
 
+    def import_made(self, make: Callable[[Path], None], action: str) -> Digest:
+        """Takes in the file that `make` writes to the path it is given. `action`: what is said to have failed where it does."""
+        temporary = self.temporary()
+        with explained(action):
+            try:
+                make(temporary)
+                os.chmod(temporary, 0o444)  # so that it is linked, not copied
+                return self.import_file(temporary)
+            finally:
+                temporary.unlink(missing_ok=True)
+
     def delete(self, digest: Digest) -> int:
         """Removes the blob if it is there; returns the bytes freed. The caller has made sure that nothing needs it."""
         size = self.size(digest)

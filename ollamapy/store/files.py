@@ -59,6 +59,7 @@ def hash_open(fd: int, size: int, progress: Progress | None) -> Digest:
 _WEIGHTS = (
     ("model*.safetensors", "*/model*.safetensors"),
     ("consolidated*.safetensors",),
+    ("adapter_model.safetensors",),
     ("pytorch_model*.bin",),
     ("consolidated*.pth",),
     ("*.gguf",),
@@ -70,13 +71,16 @@ _BESIDE = ("*.json", "*/*.json", "chat_template.jinja", "tokenizer.model", "*/to
 
 
 def model_files(path: Path) -> dict[str, Path]:
-    """Relative name -> file: the path itself under its own name, or the model's files in a folder.
+    """Relative name -> file: the path itself under its own name, or the model's files in a folder. The configuration of an
+    adapter goes with it.
 
     Raises NotFound where a folder has none, BadRequest for links that lead out of it and for files whose content is
     not what their name says (most often a git-LFS pointer).
     """
     if not path.is_dir():
-        return {path.name: path}
+        config = path.parent / "adapter_config.json"
+        beside = [config] if path.suffix == ".safetensors" and config.is_file() else []
+        return {file.name: file for file in (path, *beside)}
     weights: list[Path] = next(filter(None, (_matches(path, patterns) for patterns in _WEIGHTS)), [])
     if not weights:
         raise NotFound("no Modelfile or safetensors files found")

@@ -19,9 +19,8 @@ from ollamapy.gguf.writer import write_gguf
 from ollamapy.store import manifests
 from ollamapy.store.blobs import BlobStore
 from ollamapy.store.digest import Digest
-from ollamapy.store.fsops import explained
 
-_BESIDE = (".json", ".jinja", ".md", ".txt")  # files of a model's folder that a GGUF does not need
+BESIDE = (".json", ".jinja", ".md", ".txt")  # files of a model's folder that a GGUF does not need
 _UNCONVERTED = {".safetensors": "safetensors", ".pth": "PyTorch checkpoints", ".pt": "PyTorch checkpoints"}
 
 
@@ -78,7 +77,7 @@ def _gguf_paths(blobs: BlobStore, files: dict[str, str]) -> dict[str, Path]:
             paths[name] = blobs.path(digest)
         elif suffix == ".gguf":
             raise BadRequest("supplied file was not in GGUF format")
-        elif suffix not in _BESIDE:
+        elif suffix not in BESIDE:
             raise BadRequest("unknown type")
     if files and not paths:
         raise BadRequest("supplied file was not in GGUF format")
@@ -102,14 +101,8 @@ def _merge(blobs: BlobStore, file: GGUFFile) -> tuple[Digest, int]:
     blobs.check_space(total)
     metadata = {key: file.metadata.typed(key) for key in file.metadata if not key.startswith("split.")}
     tensors = [(name, info.type, info.shape, partial(file.data, name)) for name, info in file.tensors.items()]
-    temporary = blobs.temporary()
-    with explained("merge the parts of a model"):
-        try:
-            write_gguf(temporary, metadata, tensors)
-            os.chmod(temporary, 0o444)  # so that it is linked, not copied
-            return blobs.import_file(temporary), os.stat(temporary).st_size
-        finally:
-            temporary.unlink(missing_ok=True)
+    digest = blobs.import_made(lambda path: write_gguf(path, metadata, tensors), "merge the parts of a model")
+    return digest, blobs.path(digest).stat().st_size
 
 
 def _layer(file: GGUFFile, digest: Digest, size: int) -> GGUFLayer:
