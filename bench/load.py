@@ -37,6 +37,8 @@ class Stream:
     sent: float
     arrivals: list[float] = field(default_factory=list)
     tokens: int = 0  # as the server counts them; where it does not, pieces
+    prompt_tokens: int = 0  # as the server counts them
+    wanted: int = 0  # tokens that the answer was to have
     error: str = ""
 
 
@@ -49,27 +51,30 @@ def body(target: Target, chat: Chat) -> tuple[str, dict[str, Any]]:
     return "/v1/chat/completions", {**request, **usage, "temperature": 0, "max_tokens": chat.tokens}
 
 
-def read_piece(api: str, line: str) -> tuple[bool, int]:
-    """Of a line of the answer: whether it carries text, and the count of all tokens where it says it (else 0)."""
+def read_piece(api: str, line: str) -> tuple[bool, int, int]:
+    """Of a line of the answer: whether it carries text, and the counts of the answer's and the prompt's tokens where it says
+    them (else 0)."""
     if api == "ollama":
         piece = json.loads(line)
         if "error" in piece:
             raise RuntimeError(piece["error"])
         message = piece.get("message", {})
-        return bool(message.get("content") or message.get("thinking")), piece.get("eval_count", 0)
+        text = bool(message.get("content") or message.get("thinking"))
+        return text, piece.get("eval_count", 0), piece.get("prompt_eval_count", 0)
     if not line.startswith("data: ") or line == "data: [DONE]":
-        return False, 0
+        return False, 0, 0
     piece = json.loads(line[len("data: ") :])
     if "error" in piece:
         raise RuntimeError(str(piece["error"]))
     text = any(choice.get("delta", {}).get("content") for choice in piece.get("choices", []))
-    return text, (piece.get("usage") or {}).get("completion_tokens", 0)
+    usage = piece.get("usage") or {}
+    return text, usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0)
 
 
 async def chat(client: httpx.AsyncClient, target: Target, asked: Chat) -> Stream:
     """Sends it and reads the answer to its end. A refusal or a broken answer is in `error`."""
     path, request = body(target, asked)
-    stream = Stream(time.perf_counter())
+    stream = Stream(time.perf_counter(), wanted=asked.tokens)
     try:
         async with client.stream("POST", target.url + path, json=request) as response:
             if response.status_code != 200:
@@ -77,10 +82,11 @@ async def chat(client: httpx.AsyncClient, target: Target, asked: Chat) -> Stream
                 return stream
             async for line in response.aiter_lines():
                 if line.strip():
-                    has_text, count = read_piece(target.api, line)
+                    has_text, count, prompt = read_piece(target.api, line)
                     if has_text:
                         stream.arrivals.append(time.perf_counter())
                     stream.tokens = count or stream.tokens
+                    stream.prompt_tokens = prompt or stream.prompt_tokens
     except (httpx.HTTPError, RuntimeError) as problem:
         stream.error = str(problem) or type(problem).__name__
     stream.tokens = stream.tokens or len(stream.arrivals)
@@ -125,7 +131,8 @@ def _client(connections: int) -> httpx.AsyncClient:
 
 
 def summary(streams: Sequence[Stream], seconds: float) -> dict[str, float]:
-    """tokens_per_s of all that were answered, and percentiles in ms: to the first piece, and between pieces."""
+    """tokens_per_s of all that were answered, and percentiles in ms: to the first piece, and between pieces. `short`: answers
+    that ended before they had as many tokens as were asked for."""
     answered = [stream for stream in streams if not stream.error]
     firsts = [stream.arrivals[0] - stream.sent for stream in answered if stream.arrivals]
     gaps = [later - earlier for stream in answered for earlier, later in pairwise(stream.arrivals)]
@@ -136,6 +143,8 @@ def summary(streams: Sequence[Stream], seconds: float) -> dict[str, float]:
     return {
         "chats": len(streams),
         "failed": len(streams) - len(answered),
+        "short": sum(stream.tokens < stream.wanted for stream in answered),
+        "prompt_tokens": sum(stream.prompt_tokens for stream in answered),
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
         "stream_tokens_per_s": percentile(rates, 50),

@@ -143,6 +143,7 @@ def measure(host: Host, work: Sequence[Round], turns: str, say: Say) -> dict[str
 def _line(found: dict[str, float]) -> str:
     text = f"{found['tokens_per_s']:.0f} tokens/s, first token p50 {found['ttft_p50_ms']:.0f} p99 {found['ttft_p99_ms']:.0f} ms"
     failed = f", {found['failed']:.0f} of {found['chats']:.0f} FAILED" if found["failed"] else ""
+    failed += f", {found['short']:.0f} answers too short" if found["short"] else ""
     return f"{text}, gap p50 {found['gap_p50_ms']:.1f} p99 {found['gap_p99_ms']:.1f} ms{failed}"
 
 
@@ -152,14 +153,20 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, f
     for row in rows:
         name = Round(row["workload"], row["level"], row["open"]).name
         groups.setdefault((name, row["server"]), []).append(row)
-    figures = ("tokens_per_s", "stream_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p99_ms", "failed")
-    return {key: {each: statistics.median(row[each] for row in found) for each in figures} for key, found in groups.items()}
+    figures = ("tokens_per_s", "stream_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p99_ms")
+    counts = ("failed", "short", "chats", "prompt_tokens")  # of all turns: one that failed shows, whatever the others did
+    return {
+        key: {each: statistics.median(row[each] for row in found) for each in figures}
+        | {each: sum(row.get(each, math.nan) for row in found) for each in counts}  # older reports have not all of them
+        for key, found in groups.items()
+    }
 
 
 def render(model: dict[str, Any]) -> str:
     """A table of one model: a row for each round and server, with our ratio to that peer."""
     found = medians(model["rounds"])
-    header = ["round", "server", "tokens/s", "ours is", "TTFT p50 ms", "p99", "ours is", "gap p50 ms", "p99", "failed"]
+    header = ["round", "server", "tokens/s", "ours is", "TTFT p50 ms", "p99", "ours is", "gap p50 ms", "p99"]
+    header += ["prompt", "short", "failed"]  # tokens of a prompt on average, answers that ended early, chats that failed
     table = [header]
     for (name, server), row in found.items():
         ours = found.get((name, OURS), row)
@@ -175,6 +182,8 @@ def render(model: dict[str, Any]) -> str:
                 f"{ours['ttft_p99_ms'] / row['ttft_p99_ms']:.2f}x" if peer else "",
                 _cell(row["gap_p50_ms"]),
                 _cell(row["gap_p99_ms"]),
+                _cell(_prompt_length(row)),
+                _cell(row["short"]),
                 _cell(row["failed"]),
             ]
         )
@@ -188,6 +197,12 @@ def render(model: dict[str, Any]) -> str:
     if model["run_verbose_eval_rate"]:
         notes.append(f"`ollamapy run --verbose` says {model['run_verbose_eval_rate']:.1f} tokens/s")
     return "\n".join([*notes, "", *align([header, *body])])
+
+
+def _prompt_length(row: dict[str, float]) -> float:
+    """Tokens of a prompt on average, as the server counts them; NaN where it does not."""
+    answered = row["chats"] - row["failed"]
+    return float(round(row["prompt_tokens"] / answered)) if answered > 0 and row["prompt_tokens"] > 0 else math.nan
 
 
 def _cell(value: float) -> str:

@@ -20,10 +20,11 @@ from bench.workloads import WORKLOADS, Chat
 
 
 def test_summary_of_streams() -> None:
-    first = Stream(sent=0.0, arrivals=[0.1, 0.2, 0.3], tokens=3)
-    second = Stream(sent=0.0, arrivals=[0.3, 0.4, 0.6], tokens=5)
+    first = Stream(sent=0.0, arrivals=[0.1, 0.2, 0.3], tokens=3, wanted=5, prompt_tokens=20)
+    second = Stream(sent=0.0, arrivals=[0.3, 0.4, 0.6], tokens=5, wanted=5, prompt_tokens=22)
     found = load.summary([first, second, Stream(sent=0.0, error="503", tokens=99)], seconds=2.0)
     assert found["tokens_per_s"] == 4.0 and found["chats"] == 3 and found["failed"] == 1
+    assert found["short"] == 1 and found["prompt_tokens"] == 42
     assert found["ttft_p50_ms"] == pytest.approx(100.0) and found["ttft_p99_ms"] == pytest.approx(300.0)
     assert found["gap_p50_ms"] == pytest.approx(100.0) and found["gap_p99_ms"] == pytest.approx(200.0)
     assert found["stream_tokens_per_s"] == pytest.approx(2 / 0.2)
@@ -31,14 +32,18 @@ def test_summary_of_streams() -> None:
 
 
 def test_pieces_of_both_dialects() -> None:
-    assert load.read_piece("ollama", '{"message": {"content": "a"}, "done": false}') == (True, 0)
-    assert load.read_piece("ollama", '{"message": {"content": ""}, "done": true, "eval_count": 7}') == (False, 7)
+    assert load.read_piece("ollama", '{"message": {"content": "a"}, "done": false}') == (True, 0, 0)
+    assert load.read_piece("ollama", '{"message": {"content": ""}, "eval_count": 7, "prompt_eval_count": 5}') == (False, 7, 5)
     with pytest.raises(RuntimeError, match="broken"):
         load.read_piece("ollama", '{"error": "broken"}')
-    assert load.read_piece("openai", 'data: {"choices": [{"delta": {"content": "a"}}]}') == (True, 0)
-    assert load.read_piece("openai", 'data: {"choices": [], "usage": {"completion_tokens": 9}}') == (False, 9)
-    assert load.read_piece("openai", "data: [DONE]") == (False, 0)
-    assert load.read_piece("openai", ": keep-alive") == (False, 0)
+    assert load.read_piece("openai", 'data: {"choices": [{"delta": {"content": "a"}}]}') == (True, 0, 0)
+    assert load.read_piece("openai", 'data: {"choices": [], "usage": {"completion_tokens": 9, "prompt_tokens": 4}}') == (
+        False,
+        9,
+        4,
+    )
+    assert load.read_piece("openai", "data: [DONE]") == (False, 0, 0)
+    assert load.read_piece("openai", ": keep-alive") == (False, 0, 0)
 
 
 def test_requests_of_both_dialects() -> None:
@@ -136,6 +141,8 @@ def model_report() -> dict[str, Any]:
         return {"server": server, "turn": turn, "workload": "short", "level": 16, "open": False, **figures, **gaps}
 
     rows = [row("ollamapy", 0, 900.0, 10.0), row("llama-server", 1, 300.0, 40.0), row("ollamapy", 2, 1100.0, 30.0)]
+    for ours, failed in ((rows[0], 0), (rows[2], 1)):  # the other is of an older report
+        ours |= {"chats": 4, "failed": failed, "short": 1, "prompt_tokens": 34 * (4 - failed)}
     first = {"ollamapy": 0.5, "llama-server": 0.6}
     facts = {"commit": "abc", "load_average": 0.1, "run_verbose_eval_rate": 123.4}
     return {"file": "smollm2", "rounds": rows, "first_token_s": first, **facts}
@@ -144,8 +151,8 @@ def model_report() -> dict[str, Any]:
 def test_table_has_medians_and_ratios() -> None:
     text = serve.render(model_report())
     ours, theirs = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[-2:]]
-    assert ours == ["short 16", "ollamapy", "1000", "", "20", "20", "", "1", "-", "0"]
-    assert theirs == ["short 16", "llama-server", "300", "3.33x", "40", "40", "0.50x", "1", "-", "0"]
+    assert ours == ["short 16", "ollamapy", "1000", "", "20", "20", "", "1", "-", "34", "2", "1"]
+    assert theirs == ["short 16", "llama-server", "300", "3.33x", "40", "40", "0.50x", "1", "-", "-", "-", "0"]
     assert "123.4 tokens/s" in text
 
 
