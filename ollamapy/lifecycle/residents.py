@@ -83,6 +83,10 @@ class Residents:
         finally:
             self._limits.leave(key, client)
 
+    async def metadata(self, model: ModelLike) -> Mapping[str, Any]:
+        """Of the model's file, as `use` will have it. Raises NotFound, GGUFError, UnsupportedModel."""
+        return (await self._open(model)).metadata
+
     def running(self) -> list[Running]:
         """The loaded models, the one that stays longest first."""
         rows = [resident.running() for resident in self._residents.values()]

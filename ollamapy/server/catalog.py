@@ -47,24 +47,16 @@ class Services:
         current().begin(model.name.short())
         return model
 
-    async def capabilities(self, model: LocalModel) -> list[str]:
-        """What the model can do, read from its file's header; the answer is kept by the model's digest."""
+    async def capabilities(self, model: LocalModel, read: Mapping[str, Any] | None = None) -> list[str]:
+        """What the model can do, kept by its digest. `read`: its file's metadata; without it the file is opened as for the load
+        that follows, which then finds it open: a header with a large vocabulary takes up to 30 ms. Raises what that raises."""
         known = self._capabilities.get(model.digest)
         if known is None:
-            known = await asyncio.to_thread(self._read_capabilities, model)
+            metadata = read if read is not None else await self.residents.metadata(model)
+            extra = model.config.capabilities
+            known = capabilities(metadata, model.template, bool(model.projector_paths), extra, self.settings.go_template)
             _remember(self._capabilities, model.digest, known)
         return known
-
-    def _read_capabilities(self, model: LocalModel) -> list[str]:
-        metadata: Any = {}
-        if model.model_path is not None and model.model_path.is_file():
-            with GGUFFile.open(model.model_path) as file:
-                arch = str(file.metadata.get("general.architecture", ""))
-                names = [f"{arch}.{key}" for key in ("pooling_type", "vision.block_count", "audio.block_count")]
-                names += ["general.architecture", CHAT_TEMPLATE]
-                metadata = {name: file.metadata[name] for name in names if name in file.metadata}
-        extra = model.config.capabilities
-        return capabilities(metadata, model.template, bool(model.projector_paths), extra, self.settings.go_template)
 
     def format(self, model: LoadedModel[LocalModel], request_template: str = "") -> ChatFormat:
         """The chat format of a model, made once per template. Raises TemplateError."""

@@ -59,16 +59,18 @@ async def show(request: Request) -> Response:
     require_name(asked.target)
     model = await services(request).open(asked.target)
     shown = _shown(model, asked)
+    metadata: dict[str, Any] = {}
     if model.model_path is not None and model.model_path.is_file():
         info, tensors = await asyncio.to_thread(read_model_info, model.model_path, verbose=asked.verbose)
         shown.template = shown_template(model, info, services(request).settings.go_template)
+        metadata = dict(info)
         info.pop(CHAT_TEMPLATE, None)
         shown.model_info, shown.tensors = info, tensors
     if model.projector_paths:
         shown.projector_info, _ = await asyncio.to_thread(read_model_info, model.projector_paths[0], verbose=asked.verbose)
     if request.headers.get("user-agent", "").startswith("GitHubCopilotChat/"):
         shown.model_info["general.basename"] = asked.target
-    shown.capabilities = await services(request).capabilities(model)
+    shown.capabilities = await services(request).capabilities(model, metadata)
     return JSON(shown)
 
 

@@ -211,6 +211,17 @@ def test_a_reload_does_not_build_the_tokenizer_again_but_a_changed_file_does(tmp
     with_residents(check)
 
 
+def test_a_header_read_before_a_load_is_not_read_again(tmp_path: Path) -> None:
+    model = fake_model(tmp_path, "one")
+
+    async def check(residents: Residents) -> None:
+        before = await residents.metadata(model)
+        async with residents.use(model, {}) as loaded:
+            assert loaded.metadata is before
+
+    with_residents(check)
+
+
 def test_metadata_and_tokenizer_are_in_one_spelling(tmp_path: Path) -> None:
     """A mistral3 file as Ollama writes it: its tokenizer's `pre` is understood, its keys are llama.cpp's."""
     model = fake_model(tmp_path, "one")
