@@ -14,12 +14,10 @@ from torch import Tensor
 
 from ollamapy.engine.batch import AdapterRows, RowAdapter
 from ollamapy.engine.build import build_batch, num_wanted
-from ollamapy.engine.protocol import SamplingParams
+from ollamapy.engine.protocol import MAX_ADAPTERS, SamplingParams
 from ollamapy.engine.runner import ModelRunner
 from ollamapy.engine.schedule import Schedule
 from ollamapy.errors import NotSupported
-
-MAX_KEPT = 16  # adapters that stay loaded; one in use stays beyond that
 
 
 class Adapters:
@@ -32,7 +30,7 @@ class Adapters:
     def of(self, params: SamplingParams) -> tuple[tuple[RowAdapter, float], ...]:
         """Those of a request and their scales. Raises what loading raises: an OllamapyError where the file does not fit."""
         found = tuple((self._get(path), scale) for path, scale in params.adapters)
-        while len(self._loaded) > MAX_KEPT:
+        while len(self._loaded) > MAX_ADAPTERS:
             self._loaded.popitem(last=False)
         return found
 

@@ -15,6 +15,7 @@ KVType = Literal["f16", "bf16", "f32", "q8_0"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 ServiceTier = Literal["priority", "default", "flex"]
 SpeculationMode = Literal["off", "ngram", "draft", "auto"]
+MAX_ADAPTERS = 16  # that an engine keeps loaded; one in use stays beyond that
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from ollamapy.engine.protocol import EngineInfo
+from ollamapy.engine.protocol import MAX_ADAPTERS, EngineInfo
 from ollamapy.lifecycle.files import ModelFile
 from ollamapy.lifecycle.fit import Placement
 from ollamapy.lifecycle.options import RunnerOptions
 from ollamapy.lifecycle.process import EngineProcess
+from ollamapy.lifecycle.sizes import adapter_bytes
 from ollamapy.models.config import ModelConfig
 from ollamapy.names import ModelName
 from ollamapy.tokenizer import Tokenizer
@@ -58,7 +60,8 @@ class LoadedModel(Generic[M]):
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A loaded model as `ps` shows it. `size` is measured: weights and KV cache as the engine holds them."""
+    """A loaded model as `ps` shows it. `size` is measured: weights and KV cache as the engine holds them. Those of adapters are
+    known from their files."""
 
     name: ModelName
     model: Any  # as it was given to `use` when it was loaded
@@ -88,6 +91,7 @@ class Resident:
     ) -> None:
         self.model, self.engine, self.tokenizer, self.file = model, engine, tokenizer, file
         self.placement, self.made_for = placement, made_for
+        self.adapters: OrderedDict[Path, int] = OrderedDict()  # their bytes, the last one used at the end
         self.users = 0
         self.retiring = 0
         self.idle = asyncio.Event()
@@ -171,13 +175,23 @@ class Resident:
         """None: never. While it is in use: as if the last user left now."""
         return None if self.keep_alive == math.inf else self._expires_at or self._in_keep_alive()
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the adapters that requests came with, as far as the engine keeps them."""
+        return sum(self.adapters.values())
+
     def unused_bytes(self) -> int:
         """Memory that it may still take on this machine: KV blocks of a CPU engine are only taken when first used."""
         info = self.engine.info
-        return max(0, info.weight_bytes + info.kv_bytes - info.vram_bytes - self.engine.memory())
+        adapters = 0 if self.on_gpu else self.adapter_bytes
+        return max(0, info.weight_bytes + info.kv_bytes + adapters - info.vram_bytes - self.engine.memory())
 
     def loaded(self, model: M, load_ns: int) -> LoadedModel[M]:
         file, info = self.file, self.engine.info
+        for path in model.adapter_paths:
+            self.adapters[path] = self.adapters.pop(path, 0) or adapter_bytes(path)
+        while len(self.adapters) > MAX_ADAPTERS:
+            self.adapters.popitem(last=False)
         lengths = info.context_length, info.max_context or info.context_length
         return LoadedModel(model, self.engine, self.tokenizer, file.config, file.metadata, *lengths, load_ns)
 
@@ -187,8 +201,8 @@ class Resident:
             name=self.model.name,
             model=self.model,
             digest=self.model.digest,
-            size=info.weight_bytes + info.kv_bytes,
-            size_vram=info.vram_bytes,
+            size=info.weight_bytes + info.kv_bytes + self.adapter_bytes,
+            size_vram=info.vram_bytes + (self.adapter_bytes if self.on_gpu else 0),
             expires_at=self.expires_at,
             context_length=info.context_length,
             num_requests=self.users,

@@ -27,7 +27,7 @@ from ollamapy.lifecycle.options import RunnerOptions
 from ollamapy.lifecycle.placement import DoesNotFit
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.resident import Key, Load, LoadedModel, M, ModelLike, Resident, Running
-from ollamapy.lifecycle.sizes import read_beside, weight_bytes
+from ollamapy.lifecycle.sizes import adapter_bytes, read_beside, weight_bytes
 from ollamapy.lifecycle.spawner import Spawner
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,8 @@ class Residents:
             keep_alive = old.keep_alive
             await self._retire(old)
         file = await self._open(model)
-        placed = await self._make_room(key, file, wanted)
+        adapters = sum(await asyncio.to_thread(lambda: [adapter_bytes(path) for path in model.adapter_paths]))
+        placed = await self._make_room(key, file, wanted, adapters)
         for note in placed.notes:
             log.warning("%s: %s", model.name.short(), note)
         try:
@@ -212,8 +213,9 @@ class Residents:
                 return await self._files.open(model.model_path)
         raise NotFound(f'model "{model.name.short()}" not found, try pulling it first')
 
-    async def _make_room(self, key: Key, file: ModelFile, wanted: RunnerOptions) -> Placement:
-        """A placement that fits what is free now, after evicting as many models as that takes. Raises DoesNotFit.
+    async def _make_room(self, key: Key, file: ModelFile, wanted: RunnerOptions, adapters: int) -> Placement:
+        """A placement that fits what is free now, with so many bytes of `adapters`, after as many evictions as that takes.
+        Raises DoesNotFit.
 
         Nothing is evicted for a model that would not fit an empty machine either.
         """
@@ -223,19 +225,22 @@ class Residents:
             devices = (await asyncio.to_thread(self._discover)).without(sum(r.unused_bytes() for r in self._residents.values()))
             if len(self._residents) < (self._settings.max_loaded_models or MODELS_PER_DEVICE * max(1, len(devices.gpus))):
                 try:
-                    placed = await self._plan(key, file, devices, wanted)
+                    placed = await self._plan(key, file, devices, wanted, adapters)
                 except DoesNotFit:
                     if not self._residents:
                         raise
-                    await self._plan(key, file, devices.emptied(), wanted)
+                    await self._plan(key, file, devices.emptied(), wanted, adapters)
                 else:
                     if not (placed.spilled and any(resident.on_gpu for resident in self._residents.values())):
                         return placed
             await self._evict(devices)
 
-    async def _plan(self, key: Key, file: ModelFile, devices: Devices, wanted: RunnerOptions) -> Placement:
+    async def _plan(self, key: Key, file: ModelFile, devices: Devices, wanted: RunnerOptions, adapters: int) -> Placement:
         packed_on = (await self._spawner.ready()).packed_on
-        weights = weight_bytes(file.tensors, packed_on, self._settings)
+        weights = {
+            kind: size._replace(rest=size.rest + adapters)
+            for kind, size in weight_bytes(file.tensors, packed_on, self._settings).items()
+        }
         draft = await asyncio.to_thread(read_beside, Path(key[1]), packed_on, self._settings) if key[1] else None
         return placement.plan(file.config, weights, devices, self._settings, wanted, key[0], draft)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ollamapy.env import Settings
-from ollamapy.errors import NotFound
+from ollamapy.errors import GGUFError, NotFound
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile, TensorInfo
 from ollamapy.models.config import ModelConfig
 from ollamapy.quant.forms import CODED, packed_nbytes
 
+RANK_STEP = 32  # as `models.adapter` has it
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -57,6 +58,21 @@ def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], se
     packs = () if settings.kernels == "reference" else packed_on
     layers = 1 + max((int(found[1]) for name in tensors if (found := _LAYER.match(name))), default=-1)
     return {kind: _weight_bytes(tensors, layers, kind if kind in packs else "") for kind in ("cpu", "cuda")}
+
+
+def adapter_bytes(path: Path) -> int:
+    """Of a LoRA adapter once an engine has loaded it: float32, its rank filled up to a multiple of RANK_STEP. 0 for a file that
+    is missing or damaged: the engine says so when it is to load it."""
+    try:
+        with GGUFFile.open(path) as file:
+            shapes = {name: info.shape for name, info in file.tensors.items() if len(info.shape) == 2}
+    except (OSError, GGUFError):
+        return 0
+    total = 0
+    for name, (rows, columns) in shapes.items():
+        rank, length = (rows, columns) if name.endswith(".lora_a") else (columns, rows)
+        total += 4 * length * -(-rank // RANK_STEP) * RANK_STEP
+    return total
 
 
 def _weight_bytes(tensors: Mapping[str, TensorInfo], num_layers: int, packs: str) -> WeightBytes:

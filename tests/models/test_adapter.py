@@ -13,6 +13,7 @@ from ollamapy.engine.engine import Engine
 from ollamapy.engine.protocol import Output, Plan, SamplingParams, Step
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.reader import GGUFFile
+from ollamapy.lifecycle.sizes import adapter_bytes
 from ollamapy.models.adapter import load_adapter
 from ollamapy.models.load import load_model
 from tests.models.tiny import Tiny, converted, reference_model, write_tensors
@@ -115,6 +116,18 @@ def test_beside_the_weights_is_as_merged_into_them(case: Case, kernels: str, use
     assert int(known.sum()) > 480 and float((got - expected)[known].abs().max()) < 21 * 128 * 2.0**-24 * scale * 4
     without = first_logprobs(run(beside, [(prompt, ())])[0])
     assert float((without - expected)[known & (without > -100)].abs().max()) > 0.1, "the adapter does something"
+
+
+def test_memory_is_known_from_the_file(case: Case) -> None:
+    """Layers hold rank 4 as 32, and 40 as 64; what is no adapter's file counts nothing, the engine refuses it."""
+    with GGUFFile.open(case.folder / "base.gguf") as file:
+        model = load_model(file, CPU)
+    for name in ("one", "two"):
+        path = case.folder / f"{name}.gguf"
+        pairs = load_adapter(path, model, CPU)._pairs.values()
+        held = sum(half.shape[0] * half.shape[1] * 4 for pair in pairs for half in (pair.a, pair.b))
+        assert adapter_bytes(path) == held > 0
+    assert adapter_bytes(case.folder / "none.gguf") == adapter_bytes(Path(__file__)) == 0
 
 
 def test_a_batch_of_two_adapters_and_none(case: Case) -> None:

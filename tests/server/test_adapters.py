@@ -45,12 +45,15 @@ def test_models_that_differ_in_their_adapter_share_an_engine(daemon: Daemon, cli
         assert answer.status_code == 200, answer.text
         return str(answer.json()["response"])
 
+    ask(names[0])
+    size = daemon.get("/api/ps")["models"][0]["size"]
     alone = [ask(name) for name in names]
     assert len(set(alone)) == 3
     with ThreadPoolExecutor(12) as pool:
         assert list(pool.map(ask, names * 4)) == alone * 4
     rows = daemon.get("/api/ps")["models"]
     assert len(rows) == 1, "one engine serves the three"
+    assert rows[0]["size"] - size == 2 * 4 * 4 * 32 * 576, "two adapters of four float32 matrices, rank 8 filled up to 32"
 
 
 def test_an_adapter_that_does_not_fit_is_a_400_that_names_why(daemon: Daemon, client: ollama.Client, tmp_path: Path) -> None:
