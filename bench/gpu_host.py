@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.engine.batch import Batch, KVCache, Move
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.protocol import LayerGroup, Plan, SamplingParams
 from tests.engine.device import Emulated
@@ -48,8 +48,8 @@ class Nothing:
 class Device(Emulated):
     """Recorded steps are not done again: that is one call."""
 
-    def record(self, run: Callable[[], None]) -> Any:
-        run()
+    def record(self, run: Callable[[Move], None]) -> Any:
+        run(Tensor.to)
         return SimpleNamespace(replay=lambda: None)
 
 

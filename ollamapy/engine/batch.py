@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+Move = Callable[[Tensor, torch.device], Tensor]
+"""Takes a tensor to another device."""
 
 
 class RowAdapter(Protocol):
@@ -43,6 +46,10 @@ class Batch:
     context_lens: list[int]  # == seq_lens; of a recorded step (`engine.graphs`) bounds that hold at every replay
     adapters: tuple[AdapterRows, ...] = ()  # every row has one, or none has
     others: Sequence[Batch] = ()  # the same tokens with the slots and tables of layer groups 1, 2 ...; these are group 0's
+    move: Move = Tensor.to  # how hidden states go on to the device of the next layers
+    elsewhere: Mapping[torch.device, Batch] = field(
+        default_factory=dict
+    )  # the same on other devices, where it is there already
 
     @property
     def groups(self) -> tuple[Batch, ...]:
@@ -51,6 +58,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
+        if device in self.elsewhere:
+            return self.elsewhere[device]
         own = {name: getattr(self, name) for name in self.__slots__}
         tensors: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
         adapters = tuple(each._replace(rows=each.rows.to(device)) for each in self.adapters)

@@ -69,11 +69,11 @@ class Execution:
         self.sampler = Sampler()
         self.graphs: Graphs | None = None
         self._device_sampler: DeviceSampler | None = None
-        self._no_graphs = "" if accelerator is None else _objection(plan, kernels)
+        self._no_graphs = _objection(plan, kernels, accelerator is not None)
         if accelerator is not None:
             self._device_sampler = DeviceSampler(self.sampler, accelerator.fetch)
             if not self._no_graphs:
-                self.graphs = Graphs(self._logits, accelerator, plan, runner.device, scratch=plan.num_blocks)
+                self.graphs = Graphs(self._logits, accelerator, plan, scratch=plan.num_blocks)
 
     @property
     def graph_facts(self) -> dict[str, int | str]:
@@ -192,7 +192,11 @@ class Execution:
         return self.sampler.sample(logits, sequences)
 
 
-def _objection(plan: Plan, kernels: Mapping[str, str]) -> str:
+def _objection(plan: Plan, kernels: Mapping[str, str], accelerated: bool) -> str:
+    """Why no steps are recorded; "" where they are, and on a device that records nothing."""
+    if not accelerated:
+        split = plan.spans and any(span.device != "cpu" for span in plan.spans)
+        return "off: some layers are on the CPU, and steps do not overlap" if split else ""
     if not plan.cuda_graphs:
         return "off: OLLAMAPY_CUDA_GRAPHS=0"
     readers = [op for op in _HOST_READERS if kernels.get(op) == "reference"]

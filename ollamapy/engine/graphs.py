@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ollamapy.engine.accelerator import Accelerator, Recorded
-from ollamapy.engine.batch import Batch
+from ollamapy.engine.batch import Batch, Move
 from ollamapy.engine.build import Parts, Shape, as_batch, fill
 from ollamapy.engine.protocol import Plan
 from ollamapy.engine.schedule import Schedule
@@ -62,25 +62,24 @@ def recordable(step: Schedule) -> bool:
 
 @dataclass(slots=True)
 class _Bucket:
-    """The buffers of one bucket, and what was recorded on them."""
+    """The buffers of one bucket, on each device, and what was recorded on them."""
 
     shape: Shape
-    wide: Tensor
-    narrow: Tensor
+    wide: list[Tensor]
+    narrow: list[Tensor]
     batch: Batch
     logits: Tensor | None = None
     recorded: Recorded | None = None
     used: bool = False
+    refused: bool = False  # there was no memory to record it
     nbytes: int = 0
 
 
 class Graphs:
     """Recorded steps of one model. `run` computes a batch's logits; `scratch` is the block of padding rows."""
 
-    def __init__(
-        self, run: Callable[[Batch], Tensor], accelerator: Accelerator, plan: Plan, device: torch.device, scratch: int
-    ) -> None:
-        self._run, self._accelerator, self._plan, self._device, self._scratch = run, accelerator, plan, device, scratch
+    def __init__(self, run: Callable[[Batch], Tensor], accelerator: Accelerator, plan: Plan, scratch: int) -> None:
+        self._run, self._accelerator, self._plan, self._scratch = run, accelerator, plan, scratch
         self._buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
         self.off = ""  # why nothing is recorded any more
         self.num_recorded = self.num_replayed = self.num_evicted = 0
@@ -101,7 +100,14 @@ class Graphs:
         if self.off:
             return {"state": self.off}
         steps = ", ".join(f"{seqs} x {blocks}" for seqs, blocks in sorted(self.keys)) or "none yet"
-        return {"state": "on", "steps": steps, "bytes": self.nbytes, "replayed": self.num_replayed, "evicted": self.num_evicted}
+        state = "on" if len(self._accelerator.devices) == 1 else f"on, in pieces on {len(self._accelerator.devices)} devices"
+        return {
+            "state": state,
+            "steps": steps,
+            "bytes": self.nbytes,
+            "replayed": self.num_replayed,
+            "evicted": self.num_evicted,
+        }
 
     def logits(self, step: Schedule, feed: Feed | None = None) -> Tensor | None:
         """(n, V) float32, in memory that the next call overwrites; None for a step that is not recordable."""
@@ -111,11 +117,10 @@ class Graphs:
         self._copy(step, bucket)
         if feed is not None:
             feed(bucket.batch.token_ids[: len(step)])
-        if not bucket.used:
-            bucket.used = True
-            return self._run(bucket.batch)[: len(step)]
-        if bucket.recorded is None and not self._record(bucket):
-            return self._run(bucket.batch)[: len(step)]
+        if not bucket.used or (bucket.recorded is None and not self._record(bucket)):
+            logits = self._run(bucket.batch)[: len(step)]
+            bucket.used = True  # only now: one that failed has not compiled all of its kernels
+            return logits
         assert bucket.recorded is not None
         bucket.recorded.replay()
         assert bucket.logits is not None
@@ -132,13 +137,16 @@ class Graphs:
 
     def _new(self, count: int, width: int, groups: int) -> _Bucket:
         shape = Shape(count, count, count, groups, width)
-        wide = torch.zeros(shape.num_wide, dtype=torch.int64, device=self._device)
-        narrow = torch.zeros(shape.num_narrow, dtype=torch.int32, device=self._device)
+        devices = self._accelerator.devices
+        wide = [torch.zeros(shape.num_wide, dtype=torch.int64, device=device) for device in devices]
+        narrow = [torch.zeros(shape.num_narrow, dtype=torch.int32, device=device) for device in devices]
         longest = max(width * self._plan.block_size, 1)
-        return _Bucket(shape, wide, narrow, as_batch(shape, wide, narrow, [1] * count, [longest] * count))
+        batches = [as_batch(shape, *buffers, [1] * count, [longest] * count) for buffers in zip(wide, narrow, strict=True)]
+        elsewhere = dict(zip(devices[1:], batches[1:], strict=True))
+        return _Bucket(shape, wide, narrow, replace(batches[0], elsewhere=elsewhere))
 
     def _copy(self, step: Schedule, bucket: _Bucket) -> None:
-        """The step to the bucket's buffers: two copies."""
+        """The step to the bucket's buffers: two copies for each device."""
         shape = bucket.shape
         wide = self._accelerator.host(shape.num_wide, torch.int64)
         narrow = self._accelerator.host(shape.num_narrow, torch.int32)
@@ -147,18 +155,26 @@ class Graphs:
         parts.tables[:] = 0
         fill(parts, step, self._plan.block_size)
         _pad(parts, len(step), self._scratch, self._plan.block_size)
-        bucket.wide.copy_(wide, non_blocking=True)
-        bucket.narrow.copy_(narrow, non_blocking=True)
+        for buffers, source in ((bucket.wide, wide), (bucket.narrow, narrow)):
+            for buffer in buffers:
+                buffer.copy_(source, non_blocking=True)
 
     def _record(self, bucket: _Bucket) -> bool:
-        """Whether that went well. Where it does not, no step is recorded from then on."""
+        """Whether that went well. Where it does not, no step is recorded from then on; where memory is short, not this one."""
+        if bucket.refused:
+            return False
 
-        def run() -> None:
-            bucket.logits = self._run(bucket.batch)
+        def run(move: Move) -> None:
+            bucket.logits = self._run(replace(bucket.batch, move=move))
 
+        self._accelerator.release()  # or what torch holds unused would hide what this takes
         before = self._accelerator.reserved_bytes()
         try:
             bucket.recorded = self._accelerator.record(run)
+        except torch.OutOfMemoryError:
+            log.warning("no memory to record a step of %d sequences and %d blocks", bucket.shape.num_seqs, bucket.shape.width)
+            bucket.refused, bucket.logits = True, None
+            return False
         except Exception as error:  # a device that is lost fails again in the step itself
             self.off = f"off: recording a step of {bucket.shape.num_seqs} failed ({type(error).__name__}: {error})"
             log.exception("steps are not recorded any more")

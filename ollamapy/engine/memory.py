@@ -56,16 +56,24 @@ def shortage(asked: Plan, plan: Plan) -> tuple[str, ...]:
 
 
 def _fitted(model: Model, plan: Plan, accelerator: Accelerator) -> Plan:
-    peak, per_block = _measured(model, plan, accelerator)
+    """With as many blocks as the device with the least room has for its layers' part of them."""
+    taken = _measured(model, plan, accelerator)
     accelerator.release()
-    room = accelerator.free_bytes() - plan.reserve_bytes - int(MARGIN * peak) - (RECORDED if plan.cuda_graphs else 0)
-    count = max(plan.least_blocks, min(room // per_block - 1, plan.most_blocks))
-    log.info("activations take %d MiB, a KV block %d KiB: room for %d blocks", peak >> 20, per_block >> 10, count)
+    fitting = []
+    for device, (peak, per_block) in zip(accelerator.devices, taken, strict=True):
+        reserve = plan.reserve_bytes + int(MARGIN * peak) + (RECORDED if plan.cuda_graphs else 0)
+        room = accelerator.free_bytes(device) - reserve
+        log.info(
+            "%s: activations take %d MiB, a KV block %d KiB, %d MiB are left", device, peak >> 20, per_block >> 10, room >> 20
+        )
+        fitting += [room // per_block - 1] if per_block else []
+    count = max(plan.least_blocks, min([*fitting, plan.most_blocks]))
+    log.info("room for %d blocks", count)
     return msgspec.structs.replace(plan, num_blocks=count)
 
 
-def _measured(model: Model, plan: Plan, accelerator: Accelerator) -> tuple[int, int]:
-    """Bytes of the largest step beside weights and caches, and of a block."""
+def _measured(model: Model, plan: Plan, accelerator: Accelerator) -> list[tuple[int, int]]:
+    """On each device, bytes of the largest step beside weights and caches, and of a block."""
     length = min(plan.max_batch_tokens, plan.context_length)
     count = max(plan.max_batch_tokens // length, 1)
     groups, blocks = len(plan.groups) or 1, -(-length // plan.block_size)
@@ -87,4 +95,6 @@ def _measured(model: Model, plan: Plan, accelerator: Accelerator) -> tuple[int, 
             DeviceSampler(Sampler(), accelerator.fetch).start(logits, [sequences[0]] * rows).results()
 
     with torch.inference_mode():
-        return accelerator.peak_bytes(step), max(runner.kv_bytes // total, 1)
+        peaks = accelerator.peak_bytes(step)
+    sizes = [sum(each.nbytes for each in runner.tensors if each.device == device) for device in accelerator.devices]
+    return [(peak, size // total) for peak, size in zip(peaks, sizes, strict=True)]

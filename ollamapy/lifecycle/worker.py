@@ -66,7 +66,7 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         draft_model=draft,
         load_adapter=lambda path: load_adapter(Path(path), model, torch.device(plan.device)),
         store=open_store(plan),
-        accelerator=None if plan.spans else accelerator(torch.device(plan.device)),
+        accelerator=accelerator(torch.device(plan.device), [torch.device(span.device) for span in plan.spans]),
     )
 
 

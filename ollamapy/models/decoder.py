@@ -141,13 +141,14 @@ class Decoder(Module):
         seen = batch
         for stage in self._stages:
             if stage.device != self.device or seen is not batch:
+                x = batch.move(x[: batch.num_tokens], stage.device)  # first: what is recorded ends on the device it began on
                 ops.switch(stage.device)
-                x = ops.pad_rows(x[: batch.num_tokens].to(stage.device))
+                x = ops.pad_rows(x)
                 seen = batch if stage.device == self.device else batch.to(stage.device)
             x = stage(x, seen, caches)
         if seen is not batch:
+            x = batch.move(x, self.device)
             ops.switch(self.device)
-            x = x.to(self.device)
         every = batch.logit_rows.shape[0] == x.shape[0]  # rows are wanted once, in their order
         return self.output_norm(x if every else x.index_select(0, batch.logit_rows))
 

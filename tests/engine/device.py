@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from ollamapy.engine.batch import Move
 
 
 @dataclass
@@ -32,12 +35,13 @@ class Emulated:
     most_waiting: int = 0
     num_released: int = 0
     recorded: list[Rerun] = field(default_factory=list)
+    devices: tuple[torch.device, ...] = (torch.device("cpu"),)
 
-    def record(self, run: Callable[[], None]) -> Rerun:
+    def record(self, run: Callable[[Move], None]) -> Rerun:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.reserved += self.per_graph
-        self.recorded.append(Rerun(run))
+        self.recorded.append(Rerun(partial(run, Tensor.to)))
         return self.recorded[-1]
 
     def host(self, count: int, dtype: torch.dtype) -> Tensor:
@@ -58,12 +62,12 @@ class Emulated:
     def release(self) -> None:
         self.num_released += 1
 
-    def free_bytes(self) -> int:
+    def free_bytes(self, device: torch.device) -> int:
         return self.free
 
     def reserved_bytes(self) -> int:
         return self.reserved
 
-    def peak_bytes(self, run: Callable[[], None]) -> int:
+    def peak_bytes(self, run: Callable[[], None]) -> list[int]:
         run()
-        return self.peak
+        return [self.peak]

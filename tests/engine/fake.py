@@ -164,6 +164,7 @@ class Run:
     ) -> None:
         settings: dict[str, object] = {"kv_dtype": "f32", "block_size": 4, "num_blocks": 64, "context_length": 128}
         settings |= {"slowdown": 0.0, **plan}  # or what a step takes would decide what is in the next
+        settings["device"] = str(device.devices[0]) if device is not None else "cpu"
         self.model = model or FakeModel()
         made = Plan("fake.gguf", **settings)  # type: ignore[arg-type]
         self.engine = Engine(self.model, made, draft_model=draft, accelerator=device)
