@@ -5,14 +5,16 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
+#include <fstream>
 #include <mutex>
 #include <set>
 #include <string>
-#include <fstream>
 
 namespace ollamapy::team {
 namespace {
@@ -24,6 +26,13 @@ constexpr int kIdleYields = 400;     // then about 400 us, the gap between steps
 constexpr int kSpinsPerYield = 100;
 constexpr int kPieces = 8;  // of a thread's share
 
+// A thread whose core another process has makes all wait, up to a time slice (3 ms) at each barrier. So one is left out while
+// waiting takes more than a third of the time of the others; whether it can come back is tried after a pause, longer each time.
+constexpr int64_t kMillisecond = 1000000;
+constexpr int64_t kWindow = 20 * kMillisecond;  // of runs
+constexpr int64_t kShortestPause = 100 * kMillisecond, kLongestPause = 1600 * kMillisecond;
+constexpr int kWorstShare = 3;
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -31,20 +40,27 @@ inline void pause() {
   asm volatile("yield");
 #endif
 }
-void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+constexpr uint32_t kAll = ~0u;  // sleepers have a bit each, or several share one
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value, uint32_t bit) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_BITSET_PRIVATE, value, nullptr, nullptr, bit);
 }
-void wake_all(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+void wake(std::atomic<uint32_t>& word, uint32_t bits) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_BITSET_PRIVATE, INT_MAX, nullptr, nullptr, bits);
+}
+int64_t nanoseconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000 * kMillisecond + t.tv_nsec;
 }
 
-// A number that only grows; waiters sleep on it, and the one who raises it wakes them only if somebody sleeps.
+// A number that changes; waiters sleep on it, and the one who changes it wakes them only if somebody sleeps.
 struct alignas(64) Signal {
   std::atomic<uint32_t> value{0};
   std::atomic<uint32_t> sleepers{0};
-  void raise() {
-    value.fetch_add(1);
-    if (sleepers.load()) wake_all(value);
+  void raise() { become(value.load() + 1, kAll); }
+  void become(uint32_t next, uint32_t bits) {
+    value.store(next);
+    if (sleepers.load()) wake(value, bits);
   }
   bool spin(uint32_t seen, int spins) {
     for (int i = 0; i < spins; i++) {
@@ -53,15 +69,22 @@ struct alignas(64) Signal {
     }
     return false;
   }
-  void wait_beyond(uint32_t seen, int spins, int yields = 0) {
+  void wait_beyond(uint32_t seen, int spins, int yields = 0, uint32_t bit = kAll) {
     if (spin(seen, spins)) return;
     for (int i = 0; i < yields; i++) {
       sched_yield();
       if (spin(seen, kSpinsPerYield)) return;
     }
     sleepers.fetch_add(1);
-    while (value.load() == seen) sleep_while(value, seen);
+    while (value.load() == seen) sleep_while(value, seen, bit);
     sleepers.fetch_sub(1);
+  }
+  // Nanoseconds beyond a wait that even shares explain.
+  int64_t stall_beyond(uint32_t seen) {
+    if (spin(seen, kBarrierSpins)) return 0;
+    const int64_t begin = nanoseconds();
+    wait_beyond(seen, 0);
+    return nanoseconds() - begin;
   }
 };
 
@@ -79,13 +102,62 @@ int physical_cores() {
   return cores.empty() ? 1 : int(cores.size());
 }
 
+// How many threads a run may have.
+class Width {
+ public:
+  // Of a run that wants `count`.
+  int of(int count, int64_t now) {
+    if (count > most() && now >= resume_) {
+      most_.store(most() + 1, std::memory_order_relaxed);
+      resume_ = now + kWindow;
+      forget();
+    }
+    return std::min(count, most());
+  }
+  // A run that wanted `wanted` threads had `count` of them for so many nanoseconds, of which they waited so many together.
+  void ran(int wanted, int count, int64_t nanoseconds, int64_t waited, int64_t now) {
+    widest_ = std::max(widest_, count);
+    waited_ += waited;
+    elapsed_ += (count - 1) * nanoseconds;  // the last to come never waits
+    const int64_t window = (widest_ - 1) * kWindow;
+    if (waited_ * kWorstShare > std::max(elapsed_, window)) {
+      most_.store(widest_ - 1, std::memory_order_relaxed);
+      resume_ = now + pause_;
+      pause_ = std::min(2 * pause_, kLongestPause);
+    } else if (elapsed_ < window) {
+      return;
+    } else if (wanted == count) {
+      pause_ = std::max(pause_ / 2, kShortestPause);
+    }
+    forget();
+  }
+  bool leaves_out(int thread) const { return thread >= most(); }
+  void reset() {
+    most_.store(kMaxThreads, std::memory_order_relaxed);
+    pause_ = kShortestPause;
+    forget();
+  }
+
+ private:
+  int most() const { return most_.load(std::memory_order_relaxed); }
+  void forget() { elapsed_ = waited_ = widest_ = 0; }
+
+  std::atomic<int> most_{kMaxThreads};
+  int widest_ = 0;
+  int64_t resume_ = 0, pause_ = kShortestPause, elapsed_ = 0, waited_ = 0;
+};
+
 std::atomic<int> team_size{0};
-Signal start, arrived, done;
+Width width;
+Signal start;  // low bits: the threads of the run that starts, 0 when helpers are to end
+constexpr uint32_t kCounts = 512;
+Signal arrived, done;
+alignas(64) std::atomic<int64_t> waited{0};  // by the threads of a run, in nanoseconds
 alignas(64) std::atomic<int> waiting{0};
 alignas(64) std::atomic<int> finished{0};
 Work current_work;
 void* current_argument;
-int current_count, started = 1;
+int started = 1;
 std::mutex one_caller;
 
 struct alignas(64) Cursor {
@@ -98,17 +170,29 @@ struct Birth {
   uint32_t seen;  // the runs before this helper was there are none of its business
 };
 
+uint32_t bit_of(int thread) { return 1u << std::min(thread, 31); }
+uint32_t bits_below(int count) { return count < 32 ? (1u << count) - 1 : kAll; }
+void start_run(uint32_t count, uint32_t bits) {
+  finished.store(0);
+  start.become((start.value.load() / kCounts + 1) * kCounts + count, bits);
+}
+
 void* helper(void* argument) {
   const auto [thread, born] = *static_cast<Birth*>(argument);
   delete static_cast<Birth*>(argument);
   for (uint32_t seen = born;;) {
-    start.wait_beyond(seen, kIdleSpins, kIdleYields);
-    seen += 1;
-    const bool ends = !current_work;
-    const int helpers = started - 1;
-    if (thread < current_count) current_work(current_argument, thread, current_count);
-    if (finished.fetch_add(1) + 1 == helpers) done.raise();
-    if (ends) return nullptr;
+    if (width.leaves_out(thread)) start.wait_beyond(seen, 0, 0, bit_of(thread));
+    else start.wait_beyond(seen, kIdleSpins, kIdleYields, bit_of(thread));
+    seen = start.value.load();
+    const int count = int(seen % kCounts);
+    if (count == 0) {
+      const int helpers = started - 1;
+      if (finished.fetch_add(1) + 1 == helpers) done.raise();
+      return nullptr;
+    }
+    if (thread >= count) continue;
+    current_work(current_argument, thread, count);
+    if (finished.fetch_add(1) + 1 == count - 1) done.raise();
   }
 }
 
@@ -135,12 +219,10 @@ bool start_helper() {
 void set_size(int threads) {
   std::lock_guard<std::mutex> only(one_caller);
   team_size = threads < kMaxThreads ? threads : kMaxThreads;
+  width.reset();
   if (started == 1) return;
-  current_work = nullptr;
-  current_count = 0;
-  finished.store(0);
   const uint32_t seen = done.value.load();
-  start.raise();
+  start_run(0, kAll);
   done.wait_beyond(seen, kBarrierSpins);
   started = 1;
 }
@@ -155,7 +237,8 @@ void barrier(int count) {
     waiting.store(0);
     arrived.raise();
   } else {
-    arrived.wait_beyond(seen, kBarrierSpins);
+    const int64_t stalled = arrived.stall_beyond(seen);
+    if (stalled) waited.fetch_add(stalled, std::memory_order_relaxed);
   }
 }
 
@@ -189,17 +272,20 @@ void run(int count, Work work, void* argument) {
   if (count > kMaxThreads) count = kMaxThreads;
   if (count <= 1) return work(argument, 0, 1);
   std::lock_guard<std::mutex> only(one_caller);
+  const int wanted = count;
+  const int64_t begin = nanoseconds();
+  count = width.of(count, begin);
   while (started < count)
     if (!start_helper()) count = started;
   if (count == 1) return work(argument, 0, 1);
   current_work = work;
   current_argument = argument;
-  current_count = count;
-  finished.store(0);
+  waited.store(0, std::memory_order_relaxed);
   for (int i = 0; i < count; i++) cursors[0][i].taken.store(0, std::memory_order_relaxed);
   const uint32_t seen = done.value.load();
-  start.raise();
+  start_run(uint32_t(count), bits_below(count));
   work(argument, 0, count);
-  done.wait_beyond(seen, kBarrierSpins);
+  const int64_t stalled = done.stall_beyond(seen), end = nanoseconds();
+  width.ran(wanted, count, end - begin, waited.load(std::memory_order_relaxed) + stalled, end);
 }
 }  // namespace ollamapy::team

@@ -1,6 +1,6 @@
 // The thread team alone: `check RUNS` runs changing numbers of threads through barriers; `fork RUNS` in a child, too;
-// `time SECONDS` prints how many runs of four barriers and some 20 us of work two threads get done; `idle` prints the
-// CPU seconds that a team burns in a second without work.
+// `late` has a thread that is late left out, and lets it come back; `time SECONDS` prints how many runs of four barriers and
+// some 80 us of work, which two threads share, get done; `idle` prints the CPU seconds that a team burns in a second without work.
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -68,10 +68,37 @@ double now(clockid_t clock) {
   return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-void work_and_meet(void*, int, int count) {
+struct Late {
+  Job job;
+  bool late;  // the last thread is
+  int count;
+};
+void meet_late(void* argument, int thread, int count) {
+  Late& run = *static_cast<Late*>(argument);
+  if (thread == 0) run.count = count;
+  if (run.late && count > 1 && thread == count - 1) usleep(2000);
+  meet_often(&run.job, thread, count);
+}
+// Runs of `size` threads, until one had `count` of them.
+void meet_until(int size, int count, bool late) {
+  const double end = now(CLOCK_MONOTONIC) + 60;
+  for (int i = 0;; i++) {
+    Late run{};
+    run.job.expected = i * kRounds + 1;
+    run.late = late;
+    team::run(size, meet_late, &run);
+    if (run.job.wrong || run.count < 1 || run.count > size || now(CLOCK_MONOTONIC) > end) std::abort();
+    if (run.count == count) return;
+  }
+}
+
+void work_and_meet(void*, int thread, int count) {
   for (int round = 0; round < 4; round++) {
-    volatile float x = 1.0f;
-    for (int i = 0; i < 5000; i++) x = x * 1.000001f;
+    team::Pieces pieces(8000, thread, count, round);
+    for (int64_t begin, end; pieces.next(begin, end);) {
+      volatile float x = 1.0f;
+      for (int64_t i = begin; i < end; i++) x = x * 1.000001f;
+    }
     team::barrier(count);
   }
 }
@@ -94,6 +121,15 @@ int main(int argc, char** argv) {
     waitpid(child, &status, 0);
     check(std::atoi(argv[2]), 3);
     return status != 0;
+  }
+  if (argc > 1 && !strcmp(argv[1], "late")) {
+    for (const int size : {2, 5}) {
+      team::set_size(size);
+      meet_until(size, size, false);
+      meet_until(size, 1, true);
+      meet_until(size, 2, false);  // a busy machine may have no time for more
+    }
+    return 0;
   }
   if (argc > 2 && !strcmp(argv[1], "time")) {
     const double end = now(CLOCK_MONOTONIC) + std::atof(argv[2]);

@@ -41,9 +41,15 @@ def test_a_forked_child_has_a_team_of_its_own(program: Path) -> None:
     _run(program, "fork", "200")
 
 
+def test_a_late_thread_is_left_out_until_it_is_not(program: Path) -> None:
+    _run(program, "late")
+
+
 @pytest.mark.slow
 def test_no_data_race(tmp_path: Path) -> None:
-    _run(_compile(tmp_path, "-g", "-fsanitize=thread"), "check", "300")
+    program = _compile(tmp_path, "-g", "-fsanitize=thread")
+    _run(program, "check", "300")
+    _run(program, "late")
 
 
 def test_a_sleeping_team_takes_no_time(program: Path) -> None:
