@@ -2,9 +2,10 @@
 
     python -m bench.soak --minutes 20 [--users 16] [--into bench/results/soak.json]
 
-Clients chat (whole answers, early disconnects, long prompts, JSON output), embed and send mistakes; a second model is loaded
-and unloaded all the time. Sampled: memory, open files and threads of the daemon and of the engine that stays, processes, blocks
-in use. Exit status 1: an answer failed that should not, something grew (GROWTH), or after the load anything is still held.
+Clients chat (whole answers, early disconnects, long prompts, JSON output), embed, look around and send mistakes; a second model
+is loaded and unloaded all the time. Sampled: memory, open files and threads of the daemon and of the engine that stays, processes,
+blocks in use. Exit status 1: an answer failed that should not, something grew (GROWTH), or after the load anything is still
+held.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Clients:
     async def user(self, until: float) -> None:
         kinds: Sequence[Callable[[], Awaitable[None]]]
         kinds = [self.chat] * 8 + [self.leave] * 4 + [self.long] + [self.strict] * 2 + [self.embed] + [self.mistake] * 2
+        kinds += [self.look] * 2
         while time.monotonic() < until:
             kind = self.random.choice(kinds)
             try:
@@ -107,6 +109,14 @@ class Clients:
         path, request, status = self.random.choice(MISTAKES)
         response = await self.client.post(self.url + path, json=request)
         assert response.status_code == status, f"{path} answered {response.status_code}: {response.text[:100]}"
+
+    async def look(self) -> None:
+        """What is asked beside the work: models that come and go must not be in its way."""
+        for path in ("/api/ps?verbose=true", "/api/tags"):
+            response = await self.client.get(self.url + path)
+            assert response.status_code == 200, response.text[:100]
+        shown = await self.client.post(f"{self.url}/api/show", json={"model": servers.NAME})
+        assert shown.status_code == 200, shown.text[:100]
 
     async def churn(self, model: str, until: float) -> None:
         """Loads and unloads another model."""

@@ -27,6 +27,8 @@ No caller tells errors apart by their text.
 
 from __future__ import annotations
 
+import errno
+
 
 class OllamapyError(Exception):
     """Base of every error that may reach a user; `str(error)` is the text shown."""
@@ -130,6 +132,8 @@ class EngineError(OllamapyError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had. torch's allocator for the CPU has no class for it."""
-    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
-    return allocator or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    """Whether an error says that memory could not be had: Python's, the system's, torch's for a device and for a CPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)  # it has no class
+    return allocator or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
