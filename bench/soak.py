@@ -2,10 +2,10 @@
 
     python -m bench.soak --minutes 20 [--users 16] [--into bench/results/soak.json]
 
-Clients chat (whole answers, early disconnects, long prompts, JSON output), embed, look around and send mistakes; a second model
-is loaded and unloaded all the time. Sampled: memory, open files and threads of the daemon and of the engine that stays, processes,
-blocks in use. Exit status 1: an answer failed that should not, something grew (GROWTH), or after the load anything is still
-held.
+Clients chat (whole answers, early disconnects, long prompts, JSON output), embed, look around and send mistakes; a second
+model is loaded and unloaded all the time. Sampled: memory, open files and threads of the daemon and of the engine that stays,
+number of processes, blocks in use. Exit status 1: an answer failed that should not, something grew (GROWTH), or after the
+load something is still held.
 """
 
 from __future__ import annotations

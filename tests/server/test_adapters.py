@@ -37,7 +37,7 @@ def test_models_that_differ_in_their_adapter_share_an_engine(daemon: Daemon, cli
     for name, seed in (("adapted-one", 1), ("adapted-two", 2)):
         create(daemon, client, name, write_adapter(tmp_path / f"{name}.gguf", seed))
     names = ["smollm2", "adapted-one", "adapted-two"]
-    options = {"temperature": 0.0, "num_predict": 10}
+    options = {"temperature": 0.0, "num_predict": 24}
 
     def ask(name: str) -> str:
         asked = {"model": name, "prompt": "The capital of France", "raw": True, "stream": False, "options": options}
