@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import psutil
 
 from bench import servers
@@ -42,10 +43,10 @@ class Sample(NamedTuple):
 
 
 class Alone:
-    """The engine in this process, with the daemon's options and the prompt as it is."""
+    """The engine in this process, with the daemon's options and its rendering of the prompt."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self._bench = Bench(path, threads)
+    def __init__(self, path: Path, threads: int, running: Running) -> None:
+        self._bench, self._running = Bench(path, threads), running
         with GGUFFile.open(path) as file:
             self._tokenizer = Tokenizer.from_gguf(normalise(file.metadata, file.tensors)[0])
 
@@ -53,7 +54,7 @@ class Alone:
         options = Options(num_predict=TOKENS, seed=number)
         params: SamplingParams = sampling(options, self._tokenizer, (), servers.CONTEXT)
         engine = self._bench.engine
-        engine.add(-1 - number, self._tokenizer.encode(STORY.format(number)), params)
+        engine.add(-1 - number, self._tokenizer.encode(self._rendered(number), add_special=True), params)
         while not self._bench.outputs():
             pass
         start, used, count = time.perf_counter(), time.process_time(), 0
@@ -62,11 +63,17 @@ class Alone:
         seconds = time.perf_counter() - start
         return Sample({"engine alone": count / seconds}, {"engine alone": (time.process_time() - used) / count * 1e3})
 
+    def _rendered(self, number: int) -> str:
+        request = {"model": self._running.model, "prompt": STORY.format(number), "_debug_render_only": True, "stream": False}
+        answer = httpx.post(f"{self._running.url}/api/generate", json=request, trust_env=False)
+        text: str = answer.raise_for_status().json()["_debug_info"]["rendered_template"]
+        return text
+
 
 def by_http(running: Running, number: int) -> Sample:
     """A streamed answer to a request of this process."""
     options = {"num_predict": TOKENS, "seed": number}
-    request = {"model": running.model, "prompt": STORY.format(number), "raw": True, "options": options}
+    request = {"model": running.model, "prompt": STORY.format(number), "options": options}
     connection = http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=servers.START_SECONDS)
     before = _used(running.pid)
     connection.request("POST", "/api/generate", json.dumps(request), {"Content-Type": "application/json"})
@@ -117,7 +124,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, servers.ours(Path(folder) / "home", args.model, args.threads) as running:
-        alone = Alone(args.model, args.threads)
+        alone = Alone(args.model, args.threads, running)
         ways: list[Callable[[int], Sample]] = [
             alone,
             lambda number: by_http(running, number),
