@@ -4,7 +4,8 @@ A step that also computes a prompt is longer for everybody who waits for a next 
 from that come the seconds of a step that only decodes and of a prompt token, and so the chunk with which a step takes
 `slowdown` times as long as decoding alone. Beside nobody the whole token budget is used. Short prompts, those that begin and
 end in one step, may take SHORT times as much: in a burst of them each waits for those before it, and they are soon done.
-Where more wait for a first token than for a next one, prompts have a share of the time by their number, up to CROWDED.
+Where several wait for a first token, prompts have a share of the time by their number, and a first token counts as much as
+FIRST next ones, up to CROWDED: the sooner prompts are done, the more rows a step decodes at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 
 SHORT = 2.5  # times the share of a chunk
 MIN_CHUNK = 8  # prompt tokens of a step, whatever they cost: a prompt moves on
+FIRST = 4.0
 CROWDED = 0.1  # seconds of a step for prompts of a crowd: with those, who decodes still gets 10 tokens a second
 WEIGHT = 0.3  # of the newest observation
 FULL = 32  # prompt tokens of a full observation: a step of fewer costs hardly less than one of none, and says little of them
@@ -34,7 +36,7 @@ class Pace:
 
     def budget(self, num_rows: int, share: float = 1.0, crowd: float = 0.0) -> int:
         """Prompt tokens beside `num_rows` rows that decode, `share` times as many as a chunk may have; 0 in a step that is to
-        show what decoding alone takes. `crowd`: prompts for each sequence that decodes."""
+        show what decoding alone takes. `crowd`: prompts beyond one, for each sequence that decodes."""
         left = self.limit - num_rows
         if num_rows == 0 or self.slowdown <= 1:
             return left
@@ -43,7 +45,7 @@ class Pace:
             return 0
         if math.isnan(self._prompt):
             return min(left, MIN_CHUNK)
-        seconds = max(share * (self.slowdown - 1) * decode, min(crowd * decode, CROWDED))
+        seconds = max(share * (self.slowdown - 1) * decode, min(FIRST * crowd * decode, CROWDED))
         return min(left, max(MIN_CHUNK, int(seconds / self._prompt)))
 
     def record(self, num_rows: int, num_prompt_tokens: int, seconds: float) -> None:

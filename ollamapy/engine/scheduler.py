@@ -123,7 +123,7 @@ class Scheduler:
         """Next chunks of prompts, in the order of `in_turn` and with a part of the budget for the oldest whatever its
         length. Prompts that begin and end in this step have a larger budget, `whole`. None that decode in this step lose their
         blocks to it."""
-        rows, crowd = sum(step.num_tokens), len(self.running) / max(len(step), 1) - 1
+        rows, crowd = sum(step.num_tokens), (len(self.running) - len(step) - 1) / max(len(step), 1)
         budget, whole = self.pace.budget(rows, crowd=crowd), self.pace.budget(rows, SHORT, crowd)
         scheduled, preempted = set(step.sequences), set[Sequence]()
         prompts = [seq for seq in self.running if seq not in scheduled]
