@@ -1,5 +1,5 @@
 # make run [PROMPT="..."]   set up, start the daemon if none answers, chat with the embedded model
-# make test | test-slow | test-sanitize | lint | bench | bench-cpu | bench-serve | bench-profile | soak [MINUTES=20] | clean
+# make test | test-slow | test-sanitize | test-kernels | lint | bench | bench-cpu | bench-serve | bench-profile | soak [MINUTES=20] | clean
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ TORCH  := 2.13.0
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: run test test-slow test-sanitize lint bench bench-cpu bench-serve bench-profile soak clean
+.PHONY: run test test-slow test-sanitize test-kernels lint bench bench-cpu bench-serve bench-profile soak clean
 
 run: $(VENV)/.installed
 	@$(BIN)/ollamapy quickstart $(if $(PROMPT),-- "$$PROMPT")
@@ -21,6 +21,10 @@ test-slow: $(VENV)/.installed-dev
 # The kernels' tests on a library with the address and undefined behaviour sanitizers: 5 minutes
 test-sanitize: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.csrc.sanitize
+
+# The GPU kernels' proofs that need no GPU, whole: Triton's and nvcc's compilers for every architecture too. 4 minutes on 2 cores
+test-kernels: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.kernel_proofs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,7 +55,9 @@ class Report:
             self.row(what=what, failed=f"{type(problem).__name__}: {str(problem)[:300]}")
 
     def _write(self) -> None:
-        self._out.write_text(json.dumps(self.figures))
+        half = self._out.with_suffix(".part")  # whoever ends this step finds a whole file
+        half.write_text(json.dumps(self.figures))
+        half.replace(self._out)
 
 
 def library(device: torch.device) -> None:
@@ -102,15 +105,17 @@ def together(runs: dict[str, list[str]], environment: dict[str, str], limit: flo
         for name, command in runs.items():
             log = Path(folder) / name
             try:
-                with log.open("w") as out:
-                    started[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                with log.open("w") as out:  # a group of its own: compute-sanitizer is ended with the program that it runs
+                    started[name] = subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0
+                    )
             except OSError as problem:
                 report.row(checks=name, passed=None, summary=f"not run: {problem}")
         for name, process in started.items():
             try:
                 passed: bool | None = process.wait(max(deadline - time.monotonic(), 0.1)) == 0
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 passed = None
             lines = (Path(folder) / name).read_text().strip().splitlines()
@@ -182,6 +187,15 @@ def many_rows(device: torch.device, report: Report, shape: tuple[GGMLType, int, 
     report.row(rows=count, **{key: round(value * 1e6, 1) for key, value in cells.items()})
 
 
+def load(device: torch.device, report: Report) -> None:
+    """A file of 1B from disk and from the system's memory to the device: raw reads, with copies, and to a model."""
+    from bench import gpu_load, make_model
+
+    library(device)
+    shape = make_model.SHAPES["tiny" if device.type == "cpu" else "llama-1b"]
+    gpu_load.run(device, ROOT / "build" / f"{shape.name}.gguf", shape, report.row)
+
+
 def end_to_end(device: torch.device, report: Report) -> None:
     """Decode and prefill of random models in Q4_K_M, made on the device, through the engine. On a CPU by the CPU's kernels:
     what is interpreted would take minutes."""
@@ -211,7 +225,7 @@ def llama(device: torch.device, report: Report) -> None:
         report.row(model=shape.name, prompt=row["n_prompt"], generated=row["n_gen"], tokens_per_second=round(row["avg_ts"], 1))
 
 
-STEPS = {"build": build, "kernels": kernels, "time": time_kernels, "e2e": end_to_end, "llama": llama}
+STEPS = {"build": build, "kernels": kernels, "time": time_kernels, "load": load, "e2e": end_to_end, "llama": llama}
 
 
 def main() -> None:

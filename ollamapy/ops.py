@@ -106,6 +106,12 @@ class Choice:
             refused.append(f"{kernel.family}: {reason}")
         raise UnsupportedModel(f"no kernel for {op} on {place.device} ({'; '.join(refused)})")
 
+    def note(self, use: Use, kernel: Kernel, device: torch.device) -> None:
+        """A weight was prepared for an op on weights."""
+        chosen = self.resolved[device.type].chosen
+        names = chosen[use].split(", ") if use in chosen else []
+        chosen[use] = ", ".join(dict.fromkeys([*names, kernel.family]))
+
     def _log(self, op: str, kernel: Kernel, refused: list[str]) -> None:
         reason = "; ".join(refused)
         if refused and (op, reason) not in self._logged:
@@ -147,16 +153,17 @@ def prepare(weight: QuantTensor, device: torch.device, use: Use) -> Weight | Ten
         return reference.prepare_linear(weight, device)
     kernel = _choice.pick(use, Place(device, weight.type))
     assert kernel.prepare is not None
-    chosen = _choice.resolved[device.type].chosen
-    names = chosen[use].split(", ") if use in chosen else []
-    chosen[use] = ", ".join(dict.fromkeys([*names, kernel.family]))
+    _choice.note(use, kernel, device)
     return Weight(kernel.prepare(weight, device), kernel, weight.shape)
 
 
 def embedding_of(head: Weight, type: GGMLType) -> Weight | None:
     """A matrix of `type` that `linear` has prepared, for `embedding`: one copy for both. None where the kernel cannot."""
     rows = head.kernel.rows
-    return None if rows is None or rows.needs(Place(_choice.device, type)) else Weight(head.data, rows, head.shape)
+    if rows is None or rows.needs(Place(_choice.device, type)):
+        return None
+    _choice.note("embedding", rows, _choice.device)
+    return Weight(head.data, rows, head.shape)
 
 
 def embedding(token_ids: Tensor, weight: Weight) -> Tensor:

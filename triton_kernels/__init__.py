@@ -29,6 +29,8 @@ OPS: dict[str, str] = {
     "new_cache": "cache.new_cache",
     "plan_attention": "attention.plan",
     "attention": "attention.attention",
+    "draw_on_device": "sampling.draw",
+    "rank_on_device": "sampling.ranked",
 }
 """op -> file.function"""
 

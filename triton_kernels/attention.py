@@ -103,7 +103,7 @@ def attention_kernel(
         start = tl.maximum(start, tl.program_id(2) * SPLIT)
         stop = tl.minimum(stop, (tl.program_id(2) + 1) * SPLIT)
 
-    if SINKS and SPLIT == 0:
+    if SINKS and SPLIT == 0 and TOKENS != 1:
         most = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         sum = tl.full((ROWS,), 1.0, tl.float32)
     else:
@@ -150,6 +150,11 @@ def attention_kernel(
         most = higher
 
     mask = real[:, None] & (dim_v < DV)[None, :]
+    if SINKS and SPLIT == 0 and TOKENS == 1:  # decoding, as `combine_kernel` does it: one split and none have the same bits
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        higher = tl.maximum(most, sink)
+        sum = tl.div_rn(sum, tl.exp2(higher - most)) + tl.exp2(sink - higher)
+        acc = acc * tl.exp2(most - higher)[:, None]
     if SPLIT != 0:
         target = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64) * HEADS + head
         tl.store(peak + target, most, real)
@@ -188,7 +193,7 @@ def combine_kernel(
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         most = tl.maximum(most, sink)
     factor = tl.exp2(tops - most)
-    sum = tl.sum(sums * factor, 0)
+    sum = tl.sum(tl.div_rn(sums, tl.exp2(most - tops)), 0)  # no product, which might be rounded with the sum that follows
     if SINKS:
         sum += tl.exp2(sink - most)
     dim = tl.arange(0, PADDED_DV)

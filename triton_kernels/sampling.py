@@ -1,245 +1,236 @@
-"""Sampling on the device: penalties, argmax, filters without a sort of the vocabulary, draws, log-probabilities.
+"""Sampling on the device: the host sampler's token of each row, in one launch and without a sort of the vocabulary.
 
-A row is one program's, so its token depends on its logits, parameters, seed and step alone. The k likeliest are found by a
-radix search on the bits of the logits (four passes of 256 bins), gathered in order of their ids, and only they are sorted.
-Filters are `engine.filters`' in their order: top-k, top-p, min-p, then temperature. Random numbers are Philox (Salmon et al.
-2011).
+A row is one program's, so its token depends on its logits, parameters and uniform number alone. Tokens are ranked by keys of 64
+bits, the logit's order above and the token id below (the lower first among equals). The k likeliest are found by a radix search
+on the bits of the logits (four passes of 256 bins), and only they are sorted. A row whose filters reach further is decided by a
+search for the key below which too little mass is left. Filters are `engine.filters`' in their order: top-k, top-p, min-p, then
+temperature; masses are float64, as on the host.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits at a time
-CANDIDATES = 1024  # most that are sorted: top_k above it, and typical_p, are the host's
+from ollamapy.engine.filters import Floats
+from ollamapy.engine.protocol import SamplingParams
+from ollamapy.reference import device_sampling
+
+BLOCK = 4096  # logits at a time; a quarter where they are weighed in float64, whose registers would be spilled
+FEW, CANDIDATES = 64, 1024  # tokens that are sorted: with a top_k up to FEW, and otherwise
+MOST_IDS = 1 << 20  # tokens of a vocabulary: a key is 32 bits of order and 20 bits of 1048575 - id
 
 
 @triton.jit
-def _ordered(x):
-    """float32 -> int32 in the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _logits(logits, row, base, size, BLOCK: tl.constexpr):
+def _keys(logits, row, base, size, BLOCK: tl.constexpr):
+    """Logits (BLOCK,), NaN as infinity, and their keys; -1 beyond the vocabulary."""
     i = base + tl.arange(0, BLOCK)
-    return i, tl.load(logits + row * size + i, i < size, other=float("-inf"))
+    x = tl.load(logits + row * size + i, i < size, other=float("-inf"))
+    x = tl.where(x == x, x, float("inf"))
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)  # -0 is 0
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    return x, tl.where(i < size, (order << 20) + (1048575 - i).to(tl.int64), -1)
 
 
 @triton.jit
-def penalty_kernel(logits, rows, ids, times, factors, count, size, SIZE: tl.constexpr):
-    """factors (rows, 3): repeat, frequency, presence."""
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    live = i < count
-    row = tl.load(rows + i, live, other=0)
-    at = logits + row * size + tl.load(ids + i, live, other=0)
-    value = tl.load(at, live, other=0.0)
-    repeat = tl.load(factors + row * 3, live, other=1.0)
-    less = tl.load(times + i, live, other=0.0) * tl.load(factors + row * 3 + 1, live, other=0.0)
-    less += tl.load(factors + row * 3 + 2, live, other=0.0)
-    tl.store(at, tl.where(value <= 0, value * repeat, value / repeat) - less, live)
+def _logit(key):
+    """Of a key that is not negative."""
+    order = ((key >> 20) - 2147483648).to(tl.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def uniform_kernel(seeds, steps, out):
-    row = tl.program_id(0)
-    tl.store(out + row, tl.rand(tl.load(seeds + row), tl.load(steps + row)))
+def _id(key):
+    return 1048575 - (key & 1048575).to(tl.int32)
 
 
 @triton.jit
-def draw_kernel(logits, temperatures, seeds, steps, tokens, size, BLOCK: tl.constexpr):
-    """The likeliest token, or at a temperature above 0 one of softmax(row / temperature): the likeliest after Gumbel noise.
+def _largest(logits, row, size, count, held, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr):
+    """Keys (CANDIDATES,) of the `count` <= CANDIDATES likeliest tokens of a row, in their order, and -1 behind them.
 
-    -1 for a row whose largest logit is not finite.
+    `held`: memory for CANDIDATES keys of this program's own.
     """
-    row = tl.program_id(0).to(tl.int64)
-    temperature = tl.load(temperatures + row)
-    seed = tl.load(seeds + row) + tl.load(steps + row).to(tl.int64) * 1000003
-    best = float("-inf")
-    token = -1
-    whole = float("-inf")
-    for base in range(0, size, BLOCK):
-        i, x = _logits(logits, row, base, size, BLOCK)
-        x = tl.where(x == x, x, float("inf"))
-        whole = tl.maximum(whole, tl.max(x, 0))
-        score = x
-        if temperature > 0.0:
-            score = x / temperature - tl.log(-tl.log(tl.maximum(tl.rand(seed, i), 1e-10)))
-        most = tl.max(score, 0)
-        first = tl.min(tl.where(score == most, i, size), 0)
-        if most > best:
-            best = most
-            token = first
-    finite = (whole > float("-inf")) & (whole < float("inf"))
-    tl.store(tokens + row, tl.where(finite, token, -1))
-
-
-@triton.jit
-def logprob_kernel(logits, tokens, out, size, BLOCK: tl.constexpr):
-    """log softmax(row)[token], and the row's log-sum-exp."""
-    row = tl.program_id(0).to(tl.int64)
-    best = float("-inf")
-    total = 0.0
-    for base in range(0, size, BLOCK):
-        _, x = _logits(logits, row, base, size, BLOCK)
-        higher = tl.maximum(best, tl.max(x, 0))
-        near = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(best - near) + tl.sum(tl.exp(x - near), 0)
-        best = higher
-    whole = best + tl.log(total)
-    token = tl.maximum(tl.load(tokens + row), 0)
-    tl.store(out + row * 2, tl.load(logits + row * size + token) - whole)
-    tl.store(out + row * 2 + 1, whole)
-
-
-@triton.jit
-def filter_kernel(
-    logits,
-    top_ks,
-    top_ps,
-    min_ps,
-    temperatures,
-    seeds,
-    steps,
-    tokens,
-    beyond,
-    scratch,
-    size,
-    BLOCK: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-):
-    """A token of each row, drawn from its filtered candidates; -1 where the largest logit is not finite.
-
-    `scratch` (rows, CANDIDATES) int64. beyond: whether top-p or min-p of a row without top-k reached the last candidate, so
-    that more than CANDIDATES might count; then the host decides.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    asked = tl.load(top_ks + row)
-    limited = (asked > 0) & (asked <= CANDIDATES)
-    count = tl.minimum(tl.where(limited, asked, CANDIDATES), size)
     bins = tl.arange(0, 256)
-    best = float("-inf")
-    total = 0.0
     prefix = tl.zeros((), tl.int64)
     needed = count
     for digit in tl.static_range(4):
         found = tl.zeros((256,), tl.int32)
         for base in range(0, size, BLOCK):
-            i, x = _logits(logits, row, base, size, BLOCK)
-            if digit == 0:
-                higher = tl.maximum(best, tl.max(tl.where(x == x, x, float("inf")), 0))
-                near = tl.where(higher == float("-inf"), 0.0, higher)
-                total = total * tl.exp(best - near) + tl.sum(tl.exp(x - near), 0)
-                best = higher
-            key = _ordered(x).to(tl.int64) + 2147483648
-            among = (i < size) & ((key >> (32 - 8 * digit)) == prefix)
-            found += tl.histogram(((key >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=among)
+            _, key = _keys(logits, row, base, size, BLOCK)
+            order = key >> 20
+            among = (key >= 0) & ((order >> (32 - 8 * digit)) == prefix)
+            found += tl.histogram(((order >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=among)
         reached = tl.cumsum(found, 0, reverse=True)  # how many are in a bin or a higher one
         bin = tl.max(tl.where(reached >= needed, bins, 0), 0)
         needed -= tl.sum(tl.where(bins > bin, found, 0), 0)
         prefix = prefix * 256 + bin
-    held = 0
+    place = 0
     ties = 0
     for base in range(0, size, BLOCK):
-        i, x = _logits(logits, row, base, size, BLOCK)
-        key = _ordered(x).to(tl.int64) + 2147483648
-        same = ((key == prefix) & (i < size)).to(tl.int32)
-        order = ties + tl.cumsum(same, 0)
-        taken = ((key > prefix) & (i < size)) | ((same > 0) & (order <= needed))
-        place = held + tl.cumsum(taken.to(tl.int32), 0) - 1
-        packed = (_ordered(x).to(tl.int64) << 32) | (2147483647 - i).to(tl.int64)
-        tl.store(scratch + row * CANDIDATES + place, packed, taken)
-        held += tl.sum(taken.to(tl.int32), 0)
+        _, key = _keys(logits, row, base, size, BLOCK)
+        order = key >> 20
+        same = ((order == prefix) & (key >= 0)).to(tl.int32)
+        taken = ((order > prefix) & (key >= 0)) | ((same > 0) & (ties + tl.cumsum(same, 0) <= needed))
+        tl.store(held + place + tl.cumsum(taken.to(tl.int32), 0) - 1, key, taken)
+        place += tl.sum(taken.to(tl.int32), 0)
         ties += tl.sum(same, 0)
     tl.debug_barrier()
     slot = tl.arange(0, CANDIDATES)
-    packed = tl.load(scratch + row * CANDIDATES + slot, slot < count, other=-9223372036854775807)
-    packed = tl.sort(packed, descending=True)
-    ids = 2147483647 - (packed & 0xFFFFFFFF).to(tl.int32)
-    value = _ordered((packed >> 32).to(tl.int32).to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.sort(tl.load(held + slot, slot < count, other=-1), descending=True)
+
+
+@triton.jit
+def _mass(logits, row, size, best, heat, least, low, BLOCK: tl.constexpr):
+    """Sum of exp((x - best) / heat) over the tokens whose key is at least `least` and whose exp(x - best) is at least `low`."""
+    total = tl.zeros((), tl.float64)
+    for base in range(0, size, BLOCK):
+        x, key = _keys(logits, row, base, size, BLOCK)
+        below = tl.where(x == float("-inf"), 0.0, x).to(tl.float64) - best
+        counts = (key >= least) & (x > float("-inf")) & (tl.exp(below) >= low)
+        total += tl.sum(tl.where(counts, tl.exp(below / heat), 0.0), 0)
+    return total
+
+
+@triton.jit
+def _searched(logits, row, size, first, best, temperature, top_k, top_p, low, uniform, BLOCK: tl.constexpr):
+    """A token of a row whose filters keep more than the candidates: three searches, each of 52 passes, for the largest key at
+    and above which the mass is enough: of top_k tokens, of top_p, and of the token drawn."""
+    least = tl.zeros((), tl.int64)
+    for stage in range(3):
+        heat = tl.where(stage == 0, float("inf"), tl.where(stage == 1, 1.0, temperature))  # by infinity all weigh 1
+        low_here = tl.where(stage == 2, low, 0.0)
+        if ((stage == 0) & (top_k > 0)) | ((stage == 1) & (top_p < 1.0)) | (stage == 2):
+            whole = _mass(logits, row, size, best, heat, least, low_here, BLOCK)
+            target = tl.where(stage == 0, top_k.to(tl.float64), top_p * whole)
+            if stage == 2:  # the product may round up to the whole
+                target = tl.minimum(uniform * whole, whole - whole * 2.220446049250313e-16)
+            edge = tl.zeros((), tl.int64)
+            bit = tl.full((), 1 << 51, tl.int64)
+            for _ in range(52):
+                mass = _mass(logits, row, size, best, heat, edge + bit, low_here, BLOCK)
+                edge = tl.where((mass > target) | ((mass == target) & (stage < 2)), edge + bit, edge)
+                bit = bit >> 1
+            least = tl.where(stage == 2, edge, tl.minimum(tl.maximum(least, edge), first))
+    return _id(least)
+
+
+@triton.jit
+def _in_order(logits, row, size, best, temperature, uniform, BLOCK: tl.constexpr):
+    """A token of a row without filters: the vocabulary in the order of ids."""
+    none = tl.zeros((), tl.float64)
+    target = uniform * _mass(logits, row, size, best, temperature, tl.zeros((), tl.int64), none, BLOCK)
+    before = none
+    passed = 0
+    last = 0
+    for base in range(0, size, BLOCK):
+        x, key = _keys(logits, row, base, size, BLOCK)
+        below = tl.where(x == float("-inf"), 0.0, x).to(tl.float64) - best
+        share = tl.where((key >= 0) & (x > float("-inf")), tl.exp(below / temperature), 0.0)
+        running = before + tl.cumsum(share, 0)
+        passed += tl.sum(((key >= 0) & (running <= target)).to(tl.int32), 0)
+        last = tl.maximum(last, tl.max(tl.where(share > 0.0, base + tl.arange(0, BLOCK), 0), 0))
+        before += tl.sum(share, 0)
+    return tl.minimum(passed, last)
+
+
+@triton.jit
+def _filtered(
+    logits, row, size, best, temperature, top_k, top_p, min_p, uniform, held, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr
+):
+    """A token of a row with filters, and whether they keep more than the candidates: then it is another. min_p <= 1."""
+    limited = (top_k > 0) & (top_k <= CANDIDATES)
+    count = tl.minimum(tl.where(limited, top_k, CANDIDATES), size)
+    key = _largest(logits, row, size, count, held, BLOCK, CANDIDATES)
+    slot = tl.arange(0, CANDIDATES)
     kept = slot < count
-    weight = tl.where(kept, tl.exp(value - best), 0.0)
-    if limited:
-        total = tl.sum(weight, 0)
-    before = tl.cumsum(weight, 0) - weight
-    top_p = tl.load(top_ps + row)
-    kept &= (before < tl.where(top_p >= 1.0, float("inf"), top_p * total)) | (slot == 0)
-    kept &= weight >= tl.minimum(tl.load(min_ps + row), 1.0)
-    temperature = tl.load(temperatures + row)
-    warm = tl.where(temperature > 0.0, temperature, 1.0)
-    share = tl.where(kept, tl.exp((value - best) / warm), 0.0)
+    value = tl.where(kept, _logit(key), float("-inf"))
+    below = tl.where(value == float("-inf"), 0.0, value).to(tl.float64) - best
+    weight = tl.where(kept & (value > float("-inf")), tl.exp(below), 0.0)
+    whole = tl.sum(weight, 0)
+    if (top_k <= 0) & (top_p < 1.0):
+        whole = _mass(logits, row, size, best, whole * 0.0 + 1.0, tl.zeros((), tl.int64), whole * 0.0, BLOCK // 4)
+    reach = tl.where(top_p >= 1.0, float("inf"), top_p * whole)
+    kept &= (tl.cumsum(weight, 0) - weight < reach) | (slot == 0)
+    kept &= weight >= min_p
+    more = tl.sum((kept & (slot == count - 1)).to(tl.int32), 0) > 0
+    share = tl.where(kept & (weight > 0.0), tl.exp(below / temperature), 0.0)
     running = tl.cumsum(share, 0)
-    target = tl.rand(tl.load(seeds + row), tl.load(steps + row)) * tl.sum(share, 0)
-    picked = tl.minimum(tl.sum((kept & (running <= target)).to(tl.int32), 0), tl.sum(kept.to(tl.int32), 0) - 1)
-    picked = tl.where(temperature > 0.0, picked, 0)
-    token = tl.sum(tl.where(slot == picked, ids, 0), 0)
-    finite = (best > float("-inf")) & (best < float("inf"))
-    tl.store(tokens + row, tl.where(finite, token, -1))
-    last = tl.sum((kept & (slot == count - 1)).to(tl.int32), 0)
-    tl.store(beyond + row, (last > 0) & (count < size) & (asked <= 0))
+    passed = tl.sum((running <= uniform * tl.sum(share, 0)).to(tl.int32), 0)
+    last = tl.max(tl.where(share > 0.0, slot, 0), 0)
+    token = tl.sum(tl.where(slot == tl.minimum(passed, last), _id(key), 0), 0)
+    return token, (more & (count < size) & (top_k <= 0)) | (top_k > CANDIDATES)
 
 
-class Choices(NamedTuple):
-    """How rows are sampled, (n,) each, on the device."""
+@triton.jit
+def draw_kernel(logits, cuts, held, tokens, size, BLOCK: tl.constexpr, FEW: tl.constexpr, CANDIDATES: tl.constexpr):
+    """A token of each row; -1 where the largest logit is not finite.
 
-    temperature: Tensor  # float32; <= 0: the likeliest
-    top_k: Tensor  # int32; <= 0: no limit
-    top_p: Tensor  # float32; >= 1: all
-    min_p: Tensor  # float32; <= 0: all
-    seed: Tensor  # int64, the request's
-    step: Tensor  # int32, tokens generated before
+    cuts (n, 5) float64: temperature, top_k, top_p, min_p, uniform. held (n, CANDIDATES) int64: room to work in.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.full((), -1, tl.int64)
+    for base in range(0, size, BLOCK):
+        _, key = _keys(logits, row, base, size, BLOCK)
+        first = tl.maximum(first, tl.max(key, 0))
+    top = _logit(first)
+    token = _id(first)
+    best = top.to(tl.float64)
+    cuts += row * 5
+    temperature = tl.load(cuts)
+    top_k = tl.load(cuts + 1).to(tl.int32)
+    top_k = tl.where(top_k < size, top_k, 0)
+    top_p = tl.load(cuts + 2)
+    min_p = tl.minimum(tl.load(cuts + 3), 1.0)
+    uniform = tl.load(cuts + 4)
+    held += row * CANDIDATES
+    finite = (top > float("-inf")) & (top < float("inf"))
+    if finite & (temperature > 0.0):
+        if (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0):
+            token = _in_order(logits, row, size, best, temperature, uniform, BLOCK // 4)
+        elif (top_k > 0) & (top_k <= FEW):
+            token, _ = _filtered(logits, row, size, best, temperature, top_k, top_p, min_p, uniform, held, BLOCK, FEW)
+        else:
+            token, more = _filtered(logits, row, size, best, temperature, top_k, top_p, min_p, uniform, held, BLOCK, CANDIDATES)
+            if more:
+                token = _searched(logits, row, size, first, best, temperature, top_k, top_p, min_p, uniform, BLOCK // 4)
+    tl.store(tokens + row, tl.where(finite, token, -1).to(tl.int64))
 
 
-def penalize(logits: Tensor, rows: Tensor, ids: Tensor, times: Tensor, factors: Tensor) -> None:
-    """For each (row, id): logit *= repeat (/= when positive), then -= times * frequency + presence; factors (n, 3) float32."""
-    count = rows.shape[0]
-    if count:
-        penalty_kernel[(triton.cdiv(count, 256),)](logits, rows, ids, times, factors, count, logits.shape[1], SIZE=256)
+@triton.jit
+def rank_kernel(logits, held, values, ids, size, count, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    key = _largest(logits, row, size, count, held + row * CANDIDATES, BLOCK, CANDIDATES)
+    slot = tl.arange(0, CANDIDATES)
+    tl.store(values + row * count + slot, _logit(key), slot < count)
+    tl.store(ids + row * count + slot, _id(key).to(tl.int64), slot < count)
 
 
-def draw(logits: Tensor, choices: Choices) -> Tensor:
-    """Tokens (n,) int32 of rows (n, V) float32 without filters: the likeliest, or one of softmax(row / temperature)."""
-    tokens = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-    if tokens.numel():
-        draw_kernel[(logits.shape[0],)](
-            *(logits, choices.temperature, choices.seed, choices.step, tokens, logits.shape[1]), BLOCK=BLOCK, num_warps=8
-        )
+def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> Tensor:
+    """Ids (n,) int64 of rows (n, V) float32, see `ollamapy.reference.device_sampling.draw`: one copy and one launch."""
+    rows, size = logits.shape
+    assert size <= MOST_IDS, size
+    cuts = device_sampling.cuts_of(params, uniforms, logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    held = torch.empty(rows, CANDIDATES, dtype=torch.int64, device=logits.device)
+    draw_kernel[(rows,)](
+        logits.contiguous(), cuts, held, tokens, size, BLOCK=BLOCK, FEW=FEW, CANDIDATES=CANDIDATES, num_warps=16
+    )
     return tokens
 
 
-def filtered(logits: Tensor, choices: Choices, candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
-    """Tokens (n,) int32, and whether the host must decide a row instead (n,) int8: see `filter_kernel`."""
-    rows, device = logits.shape[0], logits.device
-    tokens = torch.empty(rows, dtype=torch.int32, device=device)
-    beyond = torch.empty(rows, dtype=torch.int8, device=device)
-    if rows:
-        scratch = torch.empty(rows, candidates, dtype=torch.int64, device=device)
-        filter_kernel[(rows,)](
-            *(logits, choices.top_k, choices.top_p, choices.min_p, choices.temperature, choices.seed, choices.step),
-            *(tokens, beyond, scratch, logits.shape[1]),
-            BLOCK=BLOCK,
-            CANDIDATES=candidates,
-            num_warps=16,
-        )
-    return tokens, beyond
-
-
-def logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Natural log-probability of each row's token, and the rows' log-sum-exp, (n,) float32 each."""
-    out = torch.empty(logits.shape[0], 2, dtype=torch.float32, device=logits.device)
-    if logits.shape[0]:
-        logprob_kernel[(logits.shape[0],)](logits, tokens, out, logits.shape[1], BLOCK=BLOCK, num_warps=16)
-    return out[:, 0], out[:, 1]
-
-
-def uniforms(choices: Choices) -> Tensor:
-    """(n,) float32 in [0, 1): what `filtered` draws with."""
-    out = torch.empty(choices.seed.shape[0], dtype=torch.float32, device=choices.seed.device)
-    uniform_kernel[(out.shape[0],)](choices.seed, choices.step, out)
-    return out
+def ranked(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest logits of each row and their ids (n, count); see `ollamapy.reference.device_sampling.ranked`."""
+    rows, size = logits.shape
+    assert size <= MOST_IDS, size
+    if count > CANDIDATES:
+        return device_sampling.ranked(logits, count)
+    width = FEW if count <= FEW else CANDIDATES
+    held = torch.empty(rows, width, dtype=torch.int64, device=logits.device)
+    values = torch.empty(rows, count, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(rows, count, dtype=torch.int64, device=logits.device)
+    rank_kernel[(rows,)](logits.contiguous(), held, values, ids, size, count, BLOCK=BLOCK, CANDIDATES=width, num_warps=16)
+    return values, ids

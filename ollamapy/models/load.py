@@ -69,7 +69,6 @@ def load_model(
     _check({sources: declared for _, _, declared, sources, _ in wanted}, shapes)
     jobs = [(layer, key, declared, [tensors[name] for name in sources], on) for layer, key, declared, sources, on in wanted]
     _load(file, jobs, progress or (lambda status, completed, total: None))
-    _tie(jobs)
     model.prepare()
     sizes = measure(model)
     model.weight_bytes, model.vram_bytes = sum(sizes.values()), sum(sizes.values()) - sizes.get("cpu", 0)
@@ -106,31 +105,36 @@ def _check(wanted: dict[tuple[str, ...], Declared], shapes: dict[str, tuple[int,
 
 
 def _load(file: GGUFFile, jobs: list[Job], progress: Progress) -> None:
-    total = sum(source.nbytes for *_, sources, _ in jobs for source in sources)
+    """Reads each tensor once, also one that is the embedding and the head."""
+    shared: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        shared.setdefault((job[-1], *(source.name for source in job[3])), []).append(job)
+    groups = [(group[0][3], group[0][-1], group) for group in shared.values()]
+    total = sum(source.nbytes for sources, _, _ in groups for source in sources)
     completed = 0
     progress("loading", completed, total)
-    for *_, sources, _ in jobs:
+    for sources, _, _ in groups:
         _check_types(sources)
     with ExitStack() as stack:
         uploads: dict[torch.device, upload.Upload] = {}
-        for device in {device for *_, device in jobs}:
+        for device in {device for _, device, _ in groups}:
             if (lane := upload.lane(device)) is not None:
-                wanted = [sources for *_, sources, on in jobs if on == device]
+                wanted = [sources for sources, on, _ in groups if on == device]
                 uploads[device] = stack.enter_context(upload.Upload(file, lane, wanted))
-        for layer, key, declared, sources, device in jobs:
-            weight = _uploaded(uploads[device], sources) if device in uploads else _read(file, sources)
-            layer.load(key, ops.prepare(weight, device, declared.use))
+        for sources, device, group in groups:
+            _fill(group, _uploaded(uploads[device], sources) if device in uploads else _read(file, sources))
             completed += sum(source.nbytes for source in sources)
             progress("loading", completed, total)
 
 
-def _tie(jobs: list[Job]) -> None:
+def _fill(group: list[Job], weight: QuantTensor) -> None:
     """A matrix that is the embedding and the head is held once, where the head's kernel can give rows of what it holds."""
-    heads = {sources[0].name: layer for layer, _, declared, sources, _ in jobs if declared.use == "linear"}
-    for layer, key, declared, (source, *_), _ in jobs:
-        if declared.use == "embedding" and source.name in heads:
-            rows = ops.embedding_of(getattr(heads[source.name], key), source.type)
-            layer.load(key, rows or getattr(layer, key))
+    head = None
+    for layer, key, declared, _, device in sorted(group, key=lambda job: job[2].use == "embedding"):
+        rows = ops.embedding_of(head, weight.type) if isinstance(head, ops.Weight) and declared.use == "embedding" else None
+        made = rows or ops.prepare(weight, device, declared.use)
+        head = made if declared.use == "linear" else head
+        layer.load(key, made)
 
 
 def _check_types(sources: list[TensorInfo]) -> None:

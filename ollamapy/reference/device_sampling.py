@@ -30,6 +30,13 @@ def ranked(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return (bits ^ ((bits >> 31) & _LOW)).view(torch.float32), _LOW - (best & 0xFFFFFFFF)
 
 
+def cuts_of(params: Sequence[SamplingParams], uniforms: Floats, device: torch.device) -> Tensor:
+    """(n, 5) float64 on the device: temperature, top_k, top_p, min_p, uniform."""
+    values = [(p.temperature, p.top_k, p.top_p, p.min_p, own) for p, own in zip(params, uniforms.tolist(), strict=True)]
+    pinned = device.type == "cuda"  # else the copy might wait for the step that is on its way
+    return torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(device, non_blocking=True)
+
+
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> Tensor:
     """Ids (n,) int64 of rows (n, V) float32, -1 where the largest logit is NaN or infinite; uniforms (n,) in [0, 1).
 
@@ -42,8 +49,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> 
     heads = sorted(count for count in groups if 0 < count < vocab_size)
     for count in heads[:-1]:  # one pass with the most candidates serves all
         groups[heads[-1]] += groups.pop(count)
-    values = [(p.temperature, p.top_k, p.top_p, p.min_p, own) for p, own in zip(params, uniforms.tolist(), strict=True)]
-    cuts = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+    cuts = cuts_of(params, uniforms, device)
     most = max(ELEMENTS // vocab_size, 1)
     if len(groups) == 1 and len(params) <= most:
         return _drawn(logits, cuts, *groups)

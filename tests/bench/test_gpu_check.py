@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_check, gpu_engine
+from bench import gpu_check, gpu_engine, gpu_load
+from bench.make_model import SHAPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,32 @@ def test_carried_wheels_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.stdout == "42\n" and "TRITON_INTERPRET" not in variables
 
 
+def test_a_step_that_does_not_end_leaves_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of it runs on: also what it started in a group of its own."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").touch()
+    (tmp_path / "bench" / "gpu_steps.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '60'], process_group=0)\n"
+        'pathlib.Path(sys.argv[-1]).write_text(\'{"rows": [{"child": %d}]}\' % child.pid)\n'
+        "print('so far', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    found = gpu_check.run_step("time", "cpu", 2.0, dict(os.environ))
+    assert "not done within 2 s" in found["error"] and "so far" in found["error"]
+    status = Path(f"/proc/{found['rows'][0]['child']}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_file_is_loaded_in_every_way(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    gpu_load.run(torch.device("cpu"), tmp_path / "t.gguf", SHAPES["tiny"], lambda **cells: rows.append(cells))
+    assert {(row["load"], row["cold"]) for row in rows[1:] if row.get("gbs", 0) > 0} == {
+        (way, cold) for way in ("read", "upload", "model", "model, triton") for cold in (False, True)
+    }, rows
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -53,7 +81,7 @@ def test_every_step_runs_on_the_cpu(tmp_path: Path) -> None:
         [ROOT / "bench" / "gpu_check.sh", "--device", "cpu", "--out", out], capture_output=True, text=True, check=False
     )
     found = json.loads(out.read_text())
-    assert list(found["steps"]) == ["build", "kernels", "time", "e2e", "llama"], done.stdout
+    assert list(found["steps"]) == ["build", "kernels", "time", "load", "e2e", "llama"], done.stdout
     for step, figures in found["steps"].items():
         assert "error" not in figures, (step, figures)
         assert not [row for row in figures["rows"] if "failed" in row], step

@@ -94,15 +94,18 @@ def test_split_keys(monkeypatch: pytest.MonkeyPatch, options: dict[str, float | 
     compare(q, batch, ours, theirs, 2e-6, **{**options, "scale": 0.3, "sinks": sinks})
 
 
-def test_rows_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_rows_do_not_depend_on_the_batch(with_sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither do they where a batch mate's keys are split and the row's own need not be."""
     split_at(64, monkeypatch)
-    contexts = [40, 150]
+    contexts = [40, 150, 64, 9]
     ours, _, tables = caches(LayerState(1, 16, 16), contexts, 16, torch.float32)
-    q = torch.randn(2, 3, 16)
-    together = paged.attention(q, ours, paged.plan(make_batch(tables, [1, 1], contexts, 16), ours), scale=0.25)
-    for i in range(2):
+    q = torch.randn(4, 3, 16)
+    options = {"scale": 0.25, "sinks": torch.tensor([0.3, -2.0, 1.7]) if with_sinks else None}
+    together = paged.attention(q, ours, paged.plan(make_batch(tables, [1] * 4, contexts, 16), ours), **options)
+    for i in range(4):
         alone = make_batch(tables[i : i + 1], [1], contexts[i : i + 1], 16)
-        assert torch.equal(paged.attention(q[i : i + 1], ours, paged.plan(alone, ours), scale=0.25)[0], together[i])
+        assert torch.equal(paged.attention(q[i : i + 1], ours, paged.plan(alone, ours), **options)[0], together[i])
 
 
 def angles(rows: int, rot: int, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Sampling kernels, interpreted, against the sampler's own filters on the host and against exact probabilities."""
+"""Sampling kernels against the host's sampler and torch's ops on the device: the same tokens from the same logits."""
 
 from __future__ import annotations
 
@@ -9,126 +9,93 @@ import pytest
 import torch
 
 from ollamapy.engine.protocol import SamplingParams
-from ollamapy.engine.sampler import penalize as host_penalize
+from ollamapy.reference import device_sampling
 from ollamapy.reference import sampling as host
 from ollamapy.triton_kernels import sampling
 
-SIZE = 700  # logits: more than a block of 256
+SIZE = 700  # logits: more than a block of 512
 CASES = [
     SamplingParams(temperature=0.0),
-    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=-1.0, top_k=1, top_p=0.0),
     SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.0),
-    SamplingParams(temperature=1.5, top_k=3, top_p=1.0, min_p=0.0),
+    SamplingParams(temperature=1.5, top_k=16, top_p=1.0, min_p=0.0),
     SamplingParams(temperature=0.7, top_k=64, top_p=1.0, min_p=0.1),
+    SamplingParams(temperature=1.0, top_k=17, top_p=1e-9, min_p=2.0),
+    SamplingParams(temperature=99.0, top_k=40, top_p=0.9),  # nearly uniform: one token more or less moves the draw
     SamplingParams(temperature=3.0, top_k=0, top_p=0.5, min_p=0.0),
-    SamplingParams(temperature=1.0, top_k=0, top_p=0.9, min_p=0.05),
-    *[SamplingParams(temperature=99.0, top_k=40, top_p=0.9)] * 3,  # nearly uniform: one token more or less moves the draw
+    SamplingParams(temperature=1.0, top_k=-1, top_p=0.9, min_p=0.05),
+    SamplingParams(temperature=1.0, top_k=SIZE + 1, top_p=1.0, min_p=0.01),
+    SamplingParams(temperature=99.0, top_k=300, top_p=0.97),
+    SamplingParams(temperature=0.8, top_k=300, top_p=0.0, min_p=0.0),
+    SamplingParams(temperature=1e-6, top_k=0, top_p=1.0),
+    SamplingParams(temperature=0.9, top_k=0, top_p=1.0, min_p=-0.1),
 ]
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "BLOCK", 256)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, and rows whose filters reach beyond the candidates."""
+    monkeypatch.setattr(sampling, "BLOCK", 512)
+    monkeypatch.setattr(sampling, "FEW", 16)
+    monkeypatch.setattr(sampling, "CANDIDATES", 64)
 
 
-def choices(params: list[SamplingParams], seed: int = 1, step: int = 0) -> sampling.Choices:
-    rows = len(params)
-    return sampling.Choices(
-        torch.tensor([p.temperature for p in params]),
-        torch.tensor([p.top_k for p in params], dtype=torch.int32),
-        torch.tensor([p.top_p for p in params]),
-        torch.tensor([p.min_p for p in params]),
-        torch.arange(seed, seed + rows),
-        torch.full((rows,), step, dtype=torch.int32),
-    )
-
-
-def on_the_host(logits: torch.Tensor, params: list[SamplingParams], uniforms: np.ndarray) -> list[int]:
-    """What the sampler would choose with these uniform numbers; equal logits by their ids."""
-    ids, _ = host.draw(logits, params, np.stack([uniforms, uniforms], 1))
-    found: list[int] = ids.tolist()
-    return found
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_filters(ties: bool) -> None:
-    """The host's token for the same uniform number."""
+@pytest.mark.parametrize("kind", ["random", "ties", "flat"])
+def test_same_choice_as_on_the_host(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(len(CASES), SIZE, generator=generator)
-    if ties:
-        logits = logits.round()  # dozens of equal logits at the edges of the filters
-    for step in range(1 + ties):
-        asked = choices(CASES, step=step)
-        uniforms = sampling.uniforms(asked)
-        assert ((uniforms >= 0) & (uniforms < 1)).all() and len(set(uniforms.tolist())) == len(CASES)
-        tokens, beyond = sampling.filtered(logits, asked, 256)
-        want = on_the_host(logits, CASES, uniforms.double().numpy())
-        decided = [row for row in range(len(CASES)) if not beyond[row]]
-        assert decided[:5] == [0, 1, 2, 3, 4]  # with top_k, or greedy, nothing is ever beyond
-        assert [tokens.tolist()[row] for row in decided] == [want[row] for row in decided]
+    logits = 2 * torch.randn(len(CASES), SIZE, generator=generator)
+    if kind == "ties":
+        logits = logits.round()  # dozens of equals at the edges of the filters
+        logits[:, 1::7] = -math.inf  # as grammars leave them
+    elif kind == "flat":  # every row without top_k reaches beyond the candidates
+        logits = torch.zeros(len(CASES), SIZE)
+        logits[::2, ::2] = -0.0  # which is equal to 0, and must not be ranked below it
+    uniforms = torch.rand(len(CASES), generator=generator, dtype=torch.float64).numpy()
+    uniforms[3], uniforms[7], uniforms[10], uniforms[13] = 1 - 2**-53, 0.0, 1 - 2**-53, 1 - 2**-53
+    rows = [2, 3, 7, 10, 13] if kind == "flat" else range(len(CASES))
+    logits, uniforms, params = logits[list(rows)], uniforms[list(rows)], [CASES[row] for row in rows]
+    want, _ = host.draw(logits, params, np.stack([uniforms, uniforms], 1))
+    got = sampling.draw(logits, params, uniforms)
+    assert got.tolist() == want.tolist()
+    assert got.tolist() == device_sampling.draw(logits, params, uniforms).tolist()
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     logits = 2 * torch.randn(3, SIZE, generator=torch.Generator().manual_seed(3))
-    asked = choices(CASES[2:5])
-    together = sampling.filtered(logits, asked, 256)[0]
+    uniforms = np.array([0.3, 0.5, 0.7])
+    together = sampling.draw(logits, CASES[2:5], uniforms)
     for row in range(3):
-        alone = sampling.Choices(*(part[row : row + 1] for part in asked))
-        assert sampling.filtered(logits[row : row + 1], alone, 256)[0][0] == together[row]
+        alone = sampling.draw(logits[row : row + 1], CASES[2 + row : 3 + row], uniforms[row : row + 1])
+        assert alone.tolist() == together[row : row + 1].tolist()
 
 
-def test_beyond_the_candidates() -> None:
-    """A flat row's top-p reaches further than the candidates, and the host is told; not if the candidates are all there is."""
-    asked = choices([SamplingParams(temperature=1.0, top_k=0, top_p=0.9), SamplingParams(temperature=1.0, top_k=0, top_p=0.1)])
-    flat = torch.zeros(2, SIZE)
-    assert sampling.filtered(flat, asked, 256)[1].tolist() == [1, 0]
-    assert sampling.filtered(flat[:, :100].contiguous(), asked, 256)[1].tolist() == [0, 0]
-
-
-def test_rows_that_are_not_finite() -> None:
-    rows = torch.zeros(3, SIZE)
-    rows[0, 5], rows[1, 5], rows[2, :] = math.nan, math.inf, -math.inf
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, None])
+def test_rows_that_are_not_finite(bad: float | None) -> None:
+    """-1 for them alone: greedy, filtered and unfiltered; with None nothing is likely at all."""
+    params = [CASES[0], CASES[2], CASES[8], CASES[13]]
+    logits = torch.zeros(5, SIZE)
+    for row in range(4):
+        if bad is None:
+            logits[row] = -math.inf
+        else:
+            logits[row, 300 + row] = torch.tensor(bad).copysign(torch.tensor(bad))
     with np.errstate(invalid="ignore"):
-        assert sampling.draw(rows, choices([SamplingParams(temperature=0.0)] * 3)).tolist() == [-1, -1, -1]
+        found = sampling.draw(logits, [*params, CASES[0]], np.full(5, 0.5)).tolist()
+    assert found == [-1, -1, -1, -1, 0]
 
 
-def test_greedy_and_gumbel() -> None:
-    """Greedy takes the lowest of equals; draws follow the probabilities (chi-square, one in 10^6 would fail)."""
-    row = torch.tensor([0.0, 2.0, 1.0, 2.0, -3.0])
-    assert sampling.draw(row[None], choices([SamplingParams(temperature=0.0)])).tolist() == [1]
-    trials = 150
-    drawn = sampling.draw(row.repeat(trials, 1), choices([SamplingParams(temperature=2.0)] * trials))
-    expected = (row / 2).softmax(0) * trials
-    observed = torch.bincount(drawn.long(), minlength=5).float()
-    assert float(((observed - expected) ** 2 / expected).sum()) < 33.4
-    later = sampling.draw(row.repeat(20, 1), choices([SamplingParams(temperature=2.0)] * 20, step=1))
-    assert not torch.equal(drawn[:20], later)
+@pytest.mark.parametrize("count", [1, 5, 16, 20, 64, 100, SIZE])
+def test_ranked(count: int) -> None:
+    logits = (3 * torch.randn(2, SIZE, generator=torch.Generator().manual_seed(1))).round()
+    logits[1, 600] = -0.0
+    values, ids = sampling.ranked(logits, count)
+    want_values, want_ids = device_sampling.ranked(logits, count)
+    assert torch.equal(ids, want_ids) and torch.equal(values, want_values)
 
 
-def test_logprobs() -> None:
-    logits = 20 * torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1))
-    tokens = torch.tensor([4, 699, 0], dtype=torch.int32)
-    chosen, totals = sampling.logprobs(logits, tokens)
-    want = logits.double().log_softmax(1).gather(1, tokens.long().unsqueeze(1))[:, 0]
-    torch.testing.assert_close(chosen.double(), want, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(totals.double(), logits.double().logsumexp(1), rtol=2e-6, atol=2e-6)
-
-
-def test_penalties() -> None:
-    class Row:
-        def __init__(self, counts: dict[int, int], params: SamplingParams) -> None:
-            self.params = params
-            self.penalties = type("Counts", (), {"counts": counts})()
-
-    rows = [
-        Row({3: 2, 600: 1}, SamplingParams(repeat_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.25)),
-        Row({5: 4}, SamplingParams(repeat_penalty=1.0, frequency_penalty=0.0, presence_penalty=-0.5)),
-    ]
-    logits = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(2))
-    want = logits.clone()
-    host_penalize(want, rows)
-    factors = [(r.params.repeat_penalty, r.params.frequency_penalty, r.params.presence_penalty) for r in rows]
-    sampling.penalize(
-        logits, torch.tensor([0, 0, 1]), torch.tensor([3, 600, 5]), torch.tensor([2.0, 1.0, 4.0]), torch.tensor(factors)
-    )
-    torch.testing.assert_close(logits, want, rtol=1e-6, atol=1e-7)
+def test_a_vocabulary_smaller_than_the_candidates() -> None:
+    logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(4))
+    params, uniforms = [CASES[index] for index in (0, 2, 7, 13)], np.array([0.1, 0.9, 0.6, 0.4])
+    want, _ = host.draw(logits, params, np.stack([uniforms, uniforms], 1))
+    assert sampling.draw(logits, params, uniforms).tolist() == want.tolist()
+    assert sampling.ranked(logits, 11)[1].tolist() == device_sampling.ranked(logits, 11)[1].tolist()

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -31,6 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ollamapy.engine.batch import LayerState
+from ollamapy.engine.protocol import SamplingParams
 from ollamapy.gguf.types import GGMLType
 from ollamapy.reference import Routing
 from ollamapy.triton_kernels import (
@@ -120,11 +122,6 @@ def mix(tokens: int) -> object:
     return moe.mix(x, torch.zeros(tokens, 4), experts, Routing(2), "silu", torch.zeros(tokens, 512), True)
 
 
-def sampled(rows: int = 2, size: int = 128256) -> sampling.Choices:
-    floats, ints = torch.zeros(rows), torch.zeros(rows, dtype=torch.int32)
-    return sampling.Choices(floats, ints, floats, floats, torch.zeros(rows, dtype=torch.int64), ints)
-
-
 def multiply(type: GGMLType, rows: int, **more: Any) -> Callable[[], object]:
     """K = 4096; sixteen rows of W are enough: no kernel is specialized on their number."""
 
@@ -164,7 +161,7 @@ def quick_cases() -> dict[str, Case]:
         "place, 32/8 heads of 128": (turn, False),
         "add_norm of 4096": (lambda: norm.add_norm(bf16(2, 4096), bf16(2, 4096), 1e-5, bf16(4096), bf16(4096)), False),
         "experts MXFP4, 2 tokens": (lambda: mix(2), False),
-        "filters": (lambda: sampling.filtered(torch.zeros(2, 128256), sampled()), False),
+        "draw": (lambda: sampling.draw(torch.zeros(2, 128256), [SamplingParams()] * 2, np.zeros(2)), False),
     }
 
 
@@ -182,6 +179,7 @@ def usual_cases() -> dict[str, Case]:
     return found | {
         "dequantize Q6_K": (decode_all(GGMLType.Q6_K), False),
         "attention decode, 32/8 heads of 128": (attend([1], [100], 32, 8, 128), False),
+        "attention decode, sinks": (attend([1], [100], 64, 8, 64, sinks=torch.zeros(64)), False),
         "attention decode, q8_0": (attend([1], [3000], 32, 8, 128, dtype=cache.Q8_0), False),
         "attention decode, float32": (attend([1], [3000], 32, 8, 128, dtype=torch.float32), False),
         "attention prefill, float32": (attend([200], [300], 32, 8, 128, dtype=torch.float32), False),
@@ -203,8 +201,7 @@ def usual_cases() -> dict[str, Case]:
             False,
         ),
         "experts MXFP4, 64 tokens": (lambda: mix(64), False),
-        "draws": (lambda: sampling.draw(torch.zeros(2, 128256), sampled()), False),
-        "logprobs": (lambda: sampling.logprobs(torch.zeros(2, 128256), torch.zeros(2, dtype=torch.int32)), False),
+        "ranked": (lambda: sampling.ranked(torch.zeros(2, 128256), 20), False),
     }
 
 
@@ -230,13 +227,12 @@ def skipped(name: str, architecture: int) -> bool:
     return "fp8" in name and architecture < 89  # no instruction converts it
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
+def said(tool: str, *options: str, of: bytes) -> str:
+    """What one of NVIDIA's tools tells of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(of)
         file.flush()
-        tools = ([TOOLS / "cuobjdump", "-res-usage"], [TOOLS / "nvdisasm"])
-        usage, sass = (subprocess.run([*tool, file.name], capture_output=True, text=True, check=True).stdout for tool in tools)
-    return usage, sass
+        return subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def figures(name: str, architecture: int, extent: str) -> tuple[str, int, dict[str, list[int]], list[str]]:
@@ -259,21 +255,21 @@ def figures(name: str, architecture: int, extent: str) -> tuple[str, int, dict[s
         return name, architecture, {}, [f"does not compile: {str(error)[-1500:]}"]
     found: dict[str, list[int]] = {}
     wrong: list[str] = []
-    for kernel in compiled:
-        usage, sass = disassemble(kernel.asm["cubin"])
+    meant = {"matmul_kernel": TENSOR_CORES[architecture], "attention_kernel": TENSOR_CORES[architecture]}
+    meant["int8_kernel"] = INT8_CORES
+    for kernel in {id(kernel): kernel for kernel in compiled}.values():
+        usage = said("cuobjdump", "-res-usage", of=kernel.asm["cubin"])
         match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert match is not None, usage
         registers, stack = map(int, match.groups())
         before = found.get(kernel.name, [0, 0, 0])  # a kernel may be launched twice, in two forms
         found[kernel.name] = [max(pair) for pair in zip(before, [registers, kernel.metadata.shared, stack], strict=True)]
-        if stack or "STL" in sass:
+        if stack:
             wrong.append(f"{kernel.name} spills {stack} bytes")
         if kernel.metadata.shared > ARCHITECTURES[architecture] * 1024:
             wrong.append(f"{kernel.name} wants {kernel.metadata.shared} bytes of shared memory")
-        meant = {"matmul_kernel": TENSOR_CORES[architecture], "attention_kernel": TENSOR_CORES[architecture]}
-        meant["int8_kernel"] = INT8_CORES
-        if tensor_cores and meant.get(kernel.name, "") not in sass:
-            wrong.append(f"{kernel.name} has no {meant[kernel.name]}")
+        if tensor_cores and kernel.name in meant and meant[kernel.name] not in said("nvdisasm", of=kernel.asm["cubin"]):
+            wrong.append(f"{kernel.name} has no {meant[kernel.name]}")  # asked for only here: 0.3 s a kernel
     return name, architecture, found, wrong
 
 
