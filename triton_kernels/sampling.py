@@ -19,8 +19,9 @@ from torch import Tensor
 from ollamapy.engine.filters import Floats
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.reference import device_sampling
+from ollamapy.triton_kernels import tuning
 
-BLOCK = 4096  # logits at a time; a quarter where they are weighed in float64, whose registers would be spilled
+BLOCK = 4096  # logits at a time when the likeliest are told; for draws see `tuning`
 FEW, CANDIDATES = 64, 1024  # tokens that are sorted: with a top_k up to FEW, and otherwise
 MOST_IDS = 1 << 20  # tokens of a vocabulary: a key is 32 bits of order and 20 bits of 1048575 - id
 
@@ -167,7 +168,7 @@ def _filtered(
 
 @triton.jit
 def draw_kernel(logits, cuts, held, tokens, size, BLOCK: tl.constexpr, FEW: tl.constexpr, CANDIDATES: tl.constexpr):
-    """A token of each row; -1 where the largest logit is not finite.
+    """A token of each row; -1 where the largest logit is not finite. In float64 a quarter of BLOCK logits are weighed together.
 
     cuts (n, 5) float64: temperature, top_k, top_p, min_p, uniform. held (n, CANDIDATES) int64: room to work in.
     """
@@ -213,11 +214,12 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> 
     """Ids (n,) int64 of rows (n, V) float32, see `ollamapy.reference.device_sampling.draw`: one copy and one launch."""
     rows, size = logits.shape
     assert size <= MOST_IDS, size
+    block = tuning.of(logits.device).draw_logits
     cuts = device_sampling.cuts_of(params, uniforms, logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     held = torch.empty(rows, CANDIDATES, dtype=torch.int64, device=logits.device)
     draw_kernel[(rows,)](
-        logits.contiguous(), cuts, held, tokens, size, BLOCK=BLOCK, FEW=FEW, CANDIDATES=CANDIDATES, num_warps=16
+        logits.contiguous(), cuts, held, tokens, size, BLOCK=block, FEW=FEW, CANDIDATES=CANDIDATES, num_warps=16
     )
     return tokens
 

@@ -1,7 +1,7 @@
 """What is launched for which shape, by architecture: `tuned/*.json`, read once. Nothing is tuned at a user's start.
 
 A file is named for the least compute capability that it serves; `other.json` serves AMD's and Intel's devices. Its `source`
-says whether its numbers were measured or predicted. Numbers are counts: rows of x, rows of W, groups of 32 weights, keys.
+says whether its numbers were measured or predicted. Numbers are counts: rows of x or W, groups of 32 weights, keys, logits.
 
 OLLAMAPY_BATCH_INVARIANT leaves one path for any number of rows, so that a row's bits do not depend on the rows beside it.
 """
@@ -52,6 +52,7 @@ class Table:
     matvec: Tile
     tiles: tuple[Tile, ...]  # by rows of x: the first that holds them all, else the last
     int8_tiles: tuple[Tile, ...]
+    draw_logits: int  # that a row's program looks at together when it draws a token: more would be spilled
     split_keys: int  # of one program when decoding
     activations: str  # the type between kernels: bfloat16 or float16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.reference import device_sampling
 from ollamapy.reference import sampling as host
-from ollamapy.triton_kernels import sampling
+from ollamapy.triton_kernels import sampling, tuning
 
 SIZE = 700  # logits: more than a block of 512
 CASES = [
@@ -35,6 +36,8 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, and rows whose filters reach beyond the candidates."""
+    table = dataclasses.replace(tuning.of(torch.device("cpu")), draw_logits=512)
+    monkeypatch.setattr(tuning, "of", lambda device: table)
     monkeypatch.setattr(sampling, "BLOCK", 512)
     monkeypatch.setattr(sampling, "FEW", 16)
     monkeypatch.setattr(sampling, "CANDIDATES", 64)
