@@ -98,7 +98,7 @@ class Cuda:
     """Devices that PyTorch calls cuda: NVIDIA's and AMD's."""
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self.devices = tuple(devices)
+        self.devices = tuple(torch.device("cuda", torch.cuda.current_device()) if d.index is None else d for d in devices)
         self._pools: dict[torch.device, Any] = {}  # memory of recorded steps: they run one after the other and may share it
         self._streams: dict[torch.device, Any] = {}
         self._failed: list[Any] = []

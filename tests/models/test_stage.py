@@ -3,8 +3,11 @@ to a GPU and back is moved, and the bits must not change."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.engine.engine import Engine
@@ -54,6 +57,28 @@ def test_a_split_model_says_the_same(whole: dict[int, list[int]], spans: tuple[L
     devices = [torch.device(span.device) for span in spans for _ in range(span.num_layers)]
     assert [model.device_of(layer) for layer in range(30)] == devices
     assert answers(model, spans) == whole
+
+
+def test_hidden_states_move_before_the_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded on a device has to be ended there, while it is still the one whose turn it is."""
+    model, told = load(*SPLITS[1]), list[str]()
+    forward, switch = model.forward, ops.switch
+
+    def move(x: Tensor, device: torch.device) -> Tensor:
+        told.append(f"move {device}")
+        return x.to(device)
+
+    def switched(device: torch.device) -> None:
+        told.append(f"switch {device}")
+        switch(device)
+
+    monkeypatch.setattr(model, "forward", lambda batch, caches: forward(replace(batch, move=move), caches))
+    engine = Engine(model, Plan("m.gguf", num_blocks=4, context_length=64, spans=SPLITS[1]))
+    monkeypatch.setattr(ops, "switch", switched)
+    engine.add(1, [7, 8, 9], SamplingParams(temperature=0.0, max_tokens=1))
+    while engine.has_work:
+        engine.step()
+    assert told == [f"{what} {where}" for where in (OTHER, "cpu", OTHER, "cpu") for what in ("move", "switch")]
 
 
 def test_bytes_are_counted_by_device() -> None:
