@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -125,6 +126,10 @@ def _gpus(visible: str | None) -> Iterator[GPU]:
         pynvml.nvmlInit()
     except pynvml.NVMLError:  # no driver, no GPU
         return
+    if _torch_version().endswith("+cpu"):
+        log.warning("there is an NVIDIA GPU, but this PyTorch is built for CPUs alone: models run on the CPU")
+        pynvml.nvmlShutdown()
+        return
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         uuids = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
@@ -137,6 +142,14 @@ def _gpus(visible: str | None) -> Iterator[GPU]:
         log.warning("GPUs cannot be queried (%s): models run on the CPU", error)
     finally:
         pynvml.nvmlShutdown()
+
+
+def _torch_version() -> str:
+    """As it is installed; "" for one that does not say."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _text(value: str | bytes) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,28 @@ def test_devices_of_this_machine() -> None:
     assert found.emptied().free_memory == found.total_memory
     assert found.without(1 << 60).free_memory == 0
     assert BASE_BYTES["cpu"] < found.total_memory
+
+
+@pytest.mark.parametrize(("torch", "count"), [("2.11.0", 1), ("2.11.0+cu130", 1), ("2.11.0+cpu", 0)])
+def test_a_gpu_that_torch_cannot_use_is_none(
+    torch: str, count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine would end with "Torch not compiled with CUDA enabled"."""
+    nvml = SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetUUID=lambda handle: "GPU-a1",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=80 << 30, free=79 << 30),
+        nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0),
+        nvmlDeviceGetName=lambda handle: b"NVIDIA H100",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(devices_module.metadata, "version", lambda name: torch)
+    assert [gpu.name for gpu in Devices.discover().gpus] == ["NVIDIA H100"] * count
+    assert ("built for CPUs alone" in caplog.text) == (not count)
 
 
 def test_cores_respect_affinity() -> None:
