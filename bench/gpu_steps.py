@@ -125,7 +125,7 @@ def together(runs: dict[str, list[str]], environment: dict[str, str], limit: flo
 
 
 def time_kernels(device: torch.device, report: Report) -> None:
-    library(device)
+    report.attempt("csrc/cuda", lambda: library(device))
     small = device.type == "cpu"
     probe = timing.probe(device, (1 << 16) if small else (1 << 30))
     report["probe_gbs"] = round(probe, 1)
@@ -150,16 +150,8 @@ def matvec(device: torch.device, report: Report, what: str, shape: tuple[GGMLTyp
     """One row, weights not in the L2 cache, by each family."""
     planes = timing.copies(*shape, device)
     x = torch.randn(1, shape[2], device=device)
-    rows = cuda_kernels.quantize(x)
-    out = torch.empty(1, shape[1], device=device)
     cells: dict[str, Any] = {}
-    project = timing.triton_project()
-    for family, call in {
-        "cuda": lambda w: cuda_kernels.matmul(rows, [w], [out], [None], path=cuda_kernels.MATVEC),
-        "mma": lambda w: cuda_kernels.matmul(rows, [w], [out], [None], path=cuda_kernels.MMA),
-        "triton": lambda w: project(x, w, out),
-    }.items():
-        seconds = timing.over(planes, call, device)
+    for family, seconds in by_each(planes, x, shape[1], device, cells).items():
         gbs = planes[0].nbytes / seconds / 1e9
         cells |= {
             f"{family}_us": round(seconds * 1e6, 1),
@@ -169,29 +161,46 @@ def matvec(device: torch.device, report: Report, what: str, shape: tuple[GGMLTyp
     report.row(matvec=what, mb=round(planes[0].nbytes / 1e6, 1), **cells)
 
 
+def by_each(planes: list[Any], x: torch.Tensor, rows: int, device: torch.device, cells: dict[str, Any]) -> dict[str, float]:
+    """Seconds of x W^T by each family; one that fails says so in `cells`, and the others are timed all the same."""
+    out = torch.empty(x.shape[0], rows, device=device)
+
+    def cuda(path: int) -> Callable[[Any], Any]:
+        held = cuda_kernels.quantize(x)
+        return lambda w: cuda_kernels.matmul(held, [w], [out], [None], path=path)
+
+    def triton() -> Callable[[Any], Any]:
+        project = timing.triton_project()
+        return lambda w: project(x, w, out)
+
+    ways = {"cuda": lambda: cuda(cuda_kernels.MATVEC), "mma": lambda: cuda(cuda_kernels.MMA), "triton": triton}
+    if x.shape[0] > cuda_kernels.MATVEC_MOST:
+        del ways["cuda"]
+    found = {}
+    for family, make in ways.items():
+        try:
+            found[family] = timing.over(planes, make(), device)
+        except Exception as problem:
+            cells[f"{family}_failed"] = f"{type(problem).__name__}: {str(problem)[:200]}"
+    return found
+
+
 def many_rows(device: torch.device, report: Report, shape: tuple[GGMLType, int, int], count: int) -> None:
     """`count` rows: microseconds by each path, quantization of the rows apart."""
     planes = timing.copies(*shape, device)
     x = torch.randn(count, shape[2], device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-    rows, out = cuda_kernels.quantize(x), torch.empty(count, shape[1], device=device)
-    cells = {"quantize_us": timing.over([x], cuda_kernels.quantize, device)}
-    if count <= cuda_kernels.MATVEC_MOST:
-        cells["matvec_us"] = timing.over(
-            planes, lambda w: cuda_kernels.matmul(rows, [w], [out], [None], path=cuda_kernels.MATVEC), device
-        )
-    cells["mma_us"] = timing.over(
-        planes, lambda w: cuda_kernels.matmul(rows, [w], [out], [None], path=cuda_kernels.MMA), device
-    )
-    project = timing.triton_project()
-    cells["triton_us"] = timing.over(planes, lambda w: project(x, w, out), device)
-    report.row(rows=count, **{key: round(value * 1e6, 1) for key, value in cells.items()})
+    cells: dict[str, Any] = {}
+    found = by_each(planes, x, shape[1], device, cells)
+    if "mma" in found:
+        found["quantize"] = timing.over([x], cuda_kernels.quantize, device)
+    report.row(rows=count, **cells, **{f"{family}_us": round(seconds * 1e6, 1) for family, seconds in found.items()})
 
 
 def load(device: torch.device, report: Report) -> None:
     """A file of 1B from disk and from the system's memory to the device: raw reads, with copies, and to a model."""
     from bench import gpu_load, make_model
 
-    library(device)
+    report.attempt("csrc/cuda", lambda: library(device))
     shape = make_model.SHAPES["tiny" if device.type == "cpu" else "llama-1b"]
     gpu_load.run(device, ROOT / "build" / f"{shape.name}.gguf", shape, report.row)
 
@@ -201,7 +210,7 @@ def end_to_end(device: torch.device, report: Report) -> None:
     what is interpreted would take minutes."""
     from bench import gpu_engine
 
-    library(device)
+    report.attempt("csrc/cuda", lambda: library(device))
     for family in ("csrc",) if device.type == "cpu" else ("csrc", "triton"):
         report.attempt(family, lambda f=family: gpu_engine.run(device, f, report.row))
 
