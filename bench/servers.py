@@ -90,7 +90,8 @@ def vllm(program: Path, folder: Path, model: Path, threads: int) -> Iterator[Run
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "chat.jinja"
-        template.write_text(chat_template(model))
+        found = chat_template(model)
+        template.write_text("{{ bos_token }}" + PLAIN if found == PLAIN else found)  # the others add it by themselves
         command = [
             str(program),
             "serve",
