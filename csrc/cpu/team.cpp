@@ -16,22 +16,16 @@
 #include <set>
 #include <string>
 
+#include "width.h"
+
 namespace ollamapy::team {
 namespace {
 
-constexpr int kMaxThreads = 256;
 constexpr int kBarrierSpins = 2000;  // about 20 us: longer than any honest wait between even shares
 constexpr int kIdleSpins = 4000;     // about 40 us: the gap between the operations of one step
 constexpr int kIdleYields = 400;     // then about 400 us, the gap between steps, in which whoever else wants the core gets it
 constexpr int kSpinsPerYield = 100;
 constexpr int kPieces = 8;  // of a thread's share
-
-// A thread whose core another process has makes all wait, up to a time slice (3 ms) at each barrier. So one is left out while
-// waiting takes more than a third of the time of the others; whether it can come back is tried after a pause, longer each time.
-constexpr int64_t kMillisecond = 1000000;
-constexpr int64_t kWindow = 20 * kMillisecond;  // of runs
-constexpr int64_t kShortestPause = 100 * kMillisecond, kLongestPause = 1600 * kMillisecond;
-constexpr int kWorstShare = 3;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -50,7 +44,7 @@ void wake(std::atomic<uint32_t>& word, uint32_t bits) {
 int64_t nanoseconds() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1000 * kMillisecond + t.tv_nsec;
+  return t.tv_sec * int64_t(1000000000) + t.tv_nsec;
 }
 
 // A number that changes; waiters sleep on it, and the one who changes it wakes them only if somebody sleeps.
@@ -102,57 +96,14 @@ int physical_cores() {
   return cores.empty() ? 1 : int(cores.size());
 }
 
-// How many threads a run may have.
-class Width {
- public:
-  // Of a run that wants `count`.
-  int of(int count, int64_t now) {
-    if (count > most() && now >= resume_) {
-      most_.store(most() + 1, std::memory_order_relaxed);
-      resume_ = now + kWindow;
-      forget();
-    }
-    return std::min(count, most());
-  }
-  // A run that wanted `wanted` threads had `count` of them for so many nanoseconds, of which they waited so many together.
-  void ran(int wanted, int count, int64_t nanoseconds, int64_t waited, int64_t now) {
-    widest_ = std::max(widest_, count);
-    waited_ += waited;
-    elapsed_ += (count - 1) * nanoseconds;  // the last to come never waits
-    const int64_t window = (widest_ - 1) * kWindow;
-    if (waited_ * kWorstShare > std::max(elapsed_, window)) {
-      most_.store(widest_ - 1, std::memory_order_relaxed);
-      resume_ = now + pause_;
-      pause_ = std::min(2 * pause_, kLongestPause);
-    } else if (elapsed_ < window) {
-      return;
-    } else if (wanted == count) {
-      pause_ = std::max(pause_ / 2, kShortestPause);
-    }
-    forget();
-  }
-  bool leaves_out(int thread) const { return thread >= most(); }
-  void reset() {
-    most_.store(kMaxThreads, std::memory_order_relaxed);
-    pause_ = kShortestPause;
-    forget();
-  }
-
- private:
-  int most() const { return most_.load(std::memory_order_relaxed); }
-  void forget() { elapsed_ = waited_ = widest_ = 0; }
-
-  std::atomic<int> most_{kMaxThreads};
-  int widest_ = 0;
-  int64_t resume_ = 0, pause_ = kShortestPause, elapsed_ = 0, waited_ = 0;
-};
+Part parts[kMaxThreads];
+thread_local int self = 0;  // a helper's number; the caller of a run is 0
 
 std::atomic<int> team_size{0};
 Width width;
 Signal start;  // low bits: the threads of the run that starts, 0 when helpers are to end
 constexpr uint32_t kCounts = 512;
 Signal arrived, done;
-alignas(64) std::atomic<int64_t> waited{0};  // by the threads of a run, in nanoseconds
 alignas(64) std::atomic<int> waiting{0};
 alignas(64) std::atomic<int> finished{0};
 Work current_work;
@@ -180,6 +131,7 @@ void start_run(uint32_t count, uint32_t bits) {
 void* helper(void* argument) {
   const auto [thread, born] = *static_cast<Birth*>(argument);
   delete static_cast<Birth*>(argument);
+  self = thread;
   for (uint32_t seen = born;;) {
     if (width.leaves_out(thread)) start.wait_beyond(seen, 0, 0, bit_of(thread));
     else start.wait_beyond(seen, kIdleSpins, kIdleYields, bit_of(thread));
@@ -238,7 +190,7 @@ void barrier(int count) {
     arrived.raise();
   } else {
     const int64_t stalled = arrived.stall_beyond(seen);
-    if (stalled) waited.fetch_add(stalled, std::memory_order_relaxed);
+    if (stalled) parts[self].waited += stalled;
   }
 }
 
@@ -264,7 +216,9 @@ bool Pieces::next(int64_t& begin, int64_t& end) {
     const int64_t place = at_ * kPieces + piece, places = int64_t(count_) * kPieces;
     begin = n_ * place / places;
     end = n_ * (place + 1) / places;
-    if (begin < end) return true;
+    if (begin == end) continue;
+    parts[self].items += end - begin;
+    return true;
   }
 }
 
@@ -280,12 +234,15 @@ void run(int count, Work work, void* argument) {
   if (count == 1) return work(argument, 0, 1);
   current_work = work;
   current_argument = argument;
-  waited.store(0, std::memory_order_relaxed);
-  for (int i = 0; i < count; i++) cursors[0][i].taken.store(0, std::memory_order_relaxed);
+  for (int i = 0; i < count; i++) {
+    cursors[0][i].taken.store(0, std::memory_order_relaxed);
+    parts[i] = {};
+  }
   const uint32_t seen = done.value.load();
   start_run(uint32_t(count), bits_below(count));
   work(argument, 0, count);
-  const int64_t stalled = done.stall_beyond(seen), end = nanoseconds();
-  width.ran(wanted, count, end - begin, waited.load(std::memory_order_relaxed) + stalled, end);
+  parts[0].waited += done.stall_beyond(seen);
+  const int64_t end = nanoseconds();
+  width.ran(wanted, count, parts, end - begin, end);
 }
 }  // namespace ollamapy::team
