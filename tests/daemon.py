@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -40,8 +41,10 @@ class Serving:
         while self.process.poll() is None and not self.answers():
             assert time.monotonic() - start < START_SECONDS, log.read_text()
             time.sleep(0.01)
-        used = psutil.Process(self.process.pid).cpu_times()
-        self.work_to_answer = used.user + used.system
+        self.work_to_answer = math.inf
+        if self.process.poll() is None:
+            used = psutil.Process(self.process.pid).cpu_times()
+            self.work_to_answer = used.user + used.system
 
     def answers(self) -> bool:
         try:
