@@ -68,8 +68,10 @@ def test_what_needs_the_token_before_waits_for_it(params: dict[str, object]) -> 
     assert run.engine.overlap is not None and run.engine.overlap.num_ahead == 0
 
 
-def test_guesses_are_looked_for_every_few_steps() -> None:
+def test_guesses_are_looked_for_every_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(FakeModel(memory=1), device=Emulated())
+    observe = run.engine.speculation.observe  # steps of one price: whether guesses pay must not depend on this machine
+    monkeypatch.setattr(run.engine.speculation, "observe", lambda schedule, seconds: observe(schedule, 0.001))
     answer = run.one(PROMPT, max_tokens=60, speculation="auto")
     assert answer.tokens == alone(PROMPT, FakeModel(memory=1), max_tokens=60).tokens
     assert run.engine.stats().num_accepted_tokens > 0 and run.engine.overlap is not None and run.engine.overlap.num_ahead > 0
