@@ -90,7 +90,7 @@ def test_rows_that_are_not_finite(bad: float | None) -> None:
 @pytest.mark.parametrize("count", [1, 5, 16, 20, 64, 100, SIZE])
 def test_ranked(count: int) -> None:
     logits = (3 * torch.randn(2, SIZE, generator=torch.Generator().manual_seed(1))).round()
-    logits[1, 600] = -0.0
+    logits[1].clamp_(max=0.0)  # hundreds of equals, some of them -0
     values, ids = sampling.ranked(logits, count)
     want_values, want_ids = device_sampling.ranked(logits, count)
     assert torch.equal(ids, want_ids) and torch.equal(values, want_values)
