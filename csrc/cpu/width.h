@@ -14,6 +14,7 @@ constexpr int kMaxThreads = 256;
 constexpr int64_t kMillisecond = 1000000;
 constexpr int64_t kWindow = 20 * kMillisecond;  // of runs
 constexpr int64_t kShortestPause = 100 * kMillisecond, kLongestPause = 1600 * kMillisecond;
+constexpr double kMostWaited = 0.6;  // of the time of all but the last: threads that lose their cores in turns are equally slow
 constexpr double kGain = 1.3;  // that must be expected: beside many processes two threads get twice the time of one
 
 // What a thread did in a run: items of Pieces, and nanoseconds of waiting for others beyond what even shares explain.
@@ -39,14 +40,16 @@ class Width {
     if (count < widest_) return;  // that tells nothing of those who were not needed
     widest_ = count;
     elapsed_ += nanoseconds;
-    int64_t waited = 0;
+    int64_t waited = 0, items = 0;
     for (int i = 0; i < count; i++) {
       sums_[i].items += parts[i].items;
       sums_[i].waited += parts[i].waited;
       waited += sums_[i].waited;
+      items += sums_[i].items;
     }
     if (elapsed_ < kWindow && waited < (count - 1) * kWindow / 2) return;
-    if (others_alone() > kGain) {
+    const bool waits = items && double(waited) > kMostWaited * double((count - 1) * elapsed_);
+    if (waits || others_alone() > kGain) {
       most_.store(count - 1, std::memory_order_relaxed);
       resume_ = now + pause_;
       pause_ = std::min(2 * pause_, kLongestPause);

@@ -101,7 +101,7 @@ void widths() {
   constexpr int64_t ms = team::kMillisecond;
   const team::Part even[] = {{100, ms}, {100, ms}}, idle[] = {{0, 19 * ms}, {0, 0}};
   const team::Part prompt[] = {{65, 8 * ms}, {35, 3 * ms}};  // 0.65 of the work in 0.6 of the time
-  const team::Part late[] = {{60, 15 * ms}, {40, 0}}, caller_late[] = {{40, 0}, {60, 15 * ms}};
+  const team::Part late[] = {{60, 15 * ms}, {40, 0}}, in_turns[] = {{50, 7 * ms}, {50, 7 * ms}};
   const team::Part one_of_four[] = {{30, 12 * ms}, {30, 12 * ms}, {30, 12 * ms}, {10, 0}}, quiet[4] = {{25, ms}, {25, 0}, {25, ms}, {25, ms}};
   team::Width width;
   int64_t now = 0;
@@ -110,7 +110,7 @@ void widths() {
     expect(width.of(2, now) == 2 && !width.leaves_out(1));
   }
   for (int64_t pause = 100; pause <= 400; pause *= 2) {
-    width.ran(2, 2, pause == 200 ? caller_late : late, 20 * ms, now);
+    width.ran(2, 2, pause == 200 ? in_turns : late, 20 * ms, now);
     expect(width.of(2, now + pause * ms - 1) == 1 && width.leaves_out(1) && !width.leaves_out(0));
     expect(width.of(2, now += pause * ms) == 2);
   }
