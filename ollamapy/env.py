@@ -110,6 +110,8 @@ class Settings:
     )
     device: str = _variable("OLLAMAPY_DEVICE", str, "", "Force a device: cpu, cuda, cuda:1 (default: the best there is)")
     cuda_visible_devices: str | None = _variable("CUDA_VISIBLE_DEVICES", str, None, "GPUs to use, by number or UUID (-1: none)")
+    hip_visible_devices: str | None = _variable("HIP_VISIBLE_DEVICES", str, None, "AMD GPUs to use, by number or UUID")
+    rocr_visible_devices: str | None = _variable("ROCR_VISIBLE_DEVICES", str, None, "AMD GPUs that HIP gets to number")
     kernels: str = _variable("OLLAMAPY_KERNELS", str, "", "Force a kernel family: reference, csrc or triton")
     batch_invariant: bool = _variable(
         "OLLAMAPY_BATCH_INVARIANT", _boolean, False, "Triton: bits of an answer never depend on its batch"
@@ -147,7 +149,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     values: dict[str, Any] = {}
     for f in fields(Settings):
         text = environ.get(f.metadata["name"], "").strip().strip("\"'")
-        empty_counts = f.name == "cuda_visible_devices" and f.metadata["name"] in environ  # CUDA: empty means none
+        empty_counts = f.name.endswith("_visible_devices") and f.metadata["name"] in environ  # empty means none
         if not text and not empty_counts:
             continue
         try:

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-log = logging.getLogger(__name__)
+from ollamapy.env import Settings
+from ollamapy.lifecycle.gpus import GPU, find_gpus
 
 GPU_WAIT, GPU_POLL, GPU_SHARE = 5.0, 0.25, 0.75  # seconds, seconds, share of the memory: Ollama's
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True, slots=True)
-class GPU:
-    """An NVIDIA GPU. `index` is torch's: its place among the visible ones, in PCI bus order. Memory in bytes."""
-
-    index: int
-    name: str
-    total: int
-    free: int
-    capability: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +30,13 @@ class Devices:
     gpus: tuple[GPU, ...] = ()
 
     @classmethod
-    def discover(cls, visible: str | None = None) -> Devices:
-        """What is there now. `visible` is CUDA_VISIBLE_DEVICES. About 1 ms, and some more per GPU."""
+    def discover(cls, settings: Settings | None = None) -> Devices:
+        """What is there now; of GPUs what `settings` show. About 1 ms, and some more per GPU."""
         memory = psutil.virtual_memory()
         total, free = memory.total, memory.available
         for limit, used in _memory_limits(Path("/proc/self/cgroup")):
             total, free = min(total, limit), min(free, max(0, limit - used))
-        return cls(physical_cores(), total, free, tuple(_gpus(visible)))
+        return cls(physical_cores(), total, free, find_gpus(settings or Settings()))
 
     def emptied(self) -> Devices:
         """As if nothing used any memory."""
@@ -113,63 +101,3 @@ def _limit(folder: Path, limit: str, usage: str, reclaimable: str) -> tuple[int,
     except (OSError, ValueError):
         return None
     return bytes_limit, max(0, used - int(stat.get(reclaimable, 0)))
-
-
-def _gpus(visible: str | None) -> Iterator[GPU]:
-    try:
-        import pynvml
-    except ImportError:
-        if Path("/dev/nvidia0").exists():
-            log.warning("there is an NVIDIA GPU, but nvidia-ml-py is not installed: models run on the CPU")
-        return
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver, no GPU
-        return
-    if _torch_version().endswith("+cpu"):
-        log.warning("there is an NVIDIA GPU, but this PyTorch is built for CPUs alone: models run on the CPU")
-        pynvml.nvmlShutdown()
-        return
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        uuids = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-        for index, number in enumerate(visible_gpus(visible, uuids)):
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handles[number])
-            capability = pynvml.nvmlDeviceGetCudaComputeCapability(handles[number])
-            name = _text(pynvml.nvmlDeviceGetName(handles[number]))
-            yield GPU(index, name, int(memory.total), int(memory.free), (int(capability[0]), int(capability[1])))
-    except pynvml.NVMLError as error:
-        log.warning("GPUs cannot be queried (%s): models run on the CPU", error)
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _torch_version() -> str:
-    """As it is installed; "" for one that does not say."""
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def visible_gpus(visible: str | None, uuids: list[str]) -> list[int]:
-    """NVML numbers of the GPUs that CUDA will show, in its order. As CUDA does, the list ends at the first bad entry."""
-    if visible is None:
-        return list(range(len(uuids)))
-    numbers: list[int] = []
-    for entry in (part.strip() for part in visible.split(",")):
-        if entry.isdecimal() and int(entry) < len(uuids):
-            number = int(entry)
-        else:
-            matches = [i for i, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
-            if len(matches) != 1:
-                break
-            number = matches[0]
-        if number in numbers:
-            return []  # CUDA: a duplicate makes none visible
-        numbers.append(number)
-    return numbers

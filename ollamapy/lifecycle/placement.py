@@ -13,8 +13,9 @@ from dataclasses import replace
 from ollamapy.engine.protocol import KVType
 from ollamapy.env import Settings
 from ollamapy.errors import EngineError
-from ollamapy.lifecycle.devices import GPU, Devices
+from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.fit import GPU_RESERVE, KV_BLOCKS, Model, Place, Placement
+from ollamapy.lifecycle.gpus import GPU
 from ollamapy.lifecycle.options import MIN_CONTEXT, RunnerOptions
 from ollamapy.lifecycle.sizes import Beside, WeightBytes
 from ollamapy.models.config import ModelConfig

@@ -43,7 +43,7 @@ class Residents:
         self, settings: Settings, *, discover: Callable[[], Devices] | None = None, spawner: Spawner | None = None
     ) -> None:
         self._settings = settings
-        self._discover = discover or (lambda: Devices.discover(settings.cuda_visible_devices))
+        self._discover = discover or (lambda: Devices.discover(settings))
         self._spawner = spawner or Spawner()
         self._files = ModelFiles()
         self._residents: dict[Key, Resident] = {}

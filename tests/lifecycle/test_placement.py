@@ -12,8 +12,9 @@ from ollamapy.env import Settings
 from ollamapy.errors import EngineError
 from ollamapy.gguf.reader import TensorInfo
 from ollamapy.gguf.types import GGMLType
-from ollamapy.lifecycle.devices import GPU, Devices
+from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.fit import Placement
+from ollamapy.lifecycle.gpus import GPU
 from ollamapy.lifecycle.options import RunnerOptions
 from ollamapy.lifecycle.placement import DoesNotFit, plan
 from ollamapy.lifecycle.sizes import Beside, WeightBytes, weight_bytes
