@@ -27,7 +27,7 @@ from bench import figures, llama_cpp, machine, plot, servers, starts, table, vll
 from bench.figures import Samples, Work
 from bench.llama_cpp import PeerError
 from bench.make_model import SHAPES, make
-from bench.quiet import Quiet
+from bench.quiet import Quiet, adopt
 from ollamapy.lifecycle.devices import physical_cores
 from tests import real_models
 from tests.conftest import golden
@@ -188,6 +188,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    adopt()  # vLLM's engine is a child of its server, which does not wait for it
     names = list(GOLDEN) if options.short else options.models.split(",")
     unknown = set(names) - set(MODELS)
     if unknown:

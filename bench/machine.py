@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -54,8 +55,9 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@functools.cache
 def commit() -> str:
-    """Of the tree that is measured; "-dirty" when it was edited since."""
+    """Of the tree that is measured, as it was at the first call; "-dirty" when it was edited since."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"

@@ -26,7 +26,7 @@ def _preface(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{machine['cpu']}, {report['threads']} threads, {machine['isa'] or 'no kernels'}, torch {machine['torch']}, "
         f"commit {machine['commit']}, load average {machine['load_average']}",
-        "tokens/s, medians; ± is half the spread of all samples",
+        "tokens/s, medians; ± is half the spread of all samples, where there are several",
         "start: of an engine to its first token, the file being in the page cache; MB: of memory it holds then",
     ]
     for model in report["models"]:
@@ -70,7 +70,7 @@ def _cell(samples: Mapping[str, list[float]], column: str) -> str:
     if middle is None or apart is None:
         return NONE
     digits = 1 if middle < 100 else 0
-    return f"{middle:.{digits}f} ±{apart * 50:.0f}%"
+    return f"{middle:.{digits}f}" + f" ±{apart * 50:.0f}%" * (len(samples[column]) > 1)
 
 
 def percent(fraction: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import psutil
@@ -45,3 +47,24 @@ def test_own_work_is_not_anothers() -> None:
         pass
     assert quiet.own_seconds() - before >= 0.04
     assert quiet.busy() > 0.0
+
+
+ORPHAN = """
+import subprocess, sys, time
+from bench import quiet
+if sys.argv[1] == "adopt":
+    quiet.adopt()
+before = quiet.own_seconds()
+work = "import time\\nwhile time.process_time() < 0.5: pass"
+leave = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {work!r}])"
+subprocess.run([sys.executable, "-c", leave], stdout=subprocess.PIPE)
+time.sleep(0.3)  # its end closed the pipe; now it may become a zombie
+print(quiet.own_seconds() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux")
+@pytest.mark.parametrize(("adopt", "counted"), [("adopt", True), ("not", False)])
+def test_the_time_of_a_grandchild_that_its_parent_left_is_counted(adopt: str, counted: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHAN, adopt], capture_output=True, text=True, check=True)
+    assert (float(done.stdout) >= 0.5) == counted

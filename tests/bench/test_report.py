@@ -49,8 +49,8 @@ def test_table_of_two_engines() -> None:
     start = next(index for index, line in enumerate(lines) if line.startswith("|"))
     header, _, ours, theirs, ratios = lines[start:]
     assert cells(header) == ["model", "engine", "prefill512", "decode1", "decode4", *ENDS]
-    assert cells(ours) == ["m", "ollamapy", "3000 ±3%", "200 ±0%", "550 ±9%", "50%", "30%", "2.0e-03", "1.25", "130"]
-    assert cells(theirs) == ["", "llama.cpp", "1000 ±0%", "100 ±0%", "-", "25%", "10%", "3.0e-03", "-", "-"]
+    assert cells(ours) == ["m", "ollamapy", "3000 ±3%", "200", "550 ±9%", "50%", "30%", "2.0e-03", "1.25", "130"]
+    assert cells(theirs) == ["", "llama.cpp", "1000", "100", "-", "25%", "10%", "3.0e-03", "-", "-"]
     assert cells(ratios) == ["", "ratio to llama.cpp", "3.00x", "2.00x", "-", *[""] * 5]
     assert len({len(line) for line in lines[start:]}) == 1
 
