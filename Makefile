@@ -40,6 +40,7 @@ bench-cpu: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.cpu
 
 bench-serve: $(VENV)/.installed-dev
+	@$(PIP) install -c constraints.txt -e ".[bench]" || echo "matplotlib cannot be installed: no picture"
 	$(BIN)/python -m bench.serve
 
 # A daemon under mixed load; fails when memory, files or threads grow or anything is still held at the end

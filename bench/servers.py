@@ -53,9 +53,10 @@ class Running:
 
 
 @contextmanager
-def ours(folder: Path, model: Path, threads: int) -> Iterator[Running]:
+def ours(folder: Path, model: Path, threads: int, **variables: str) -> Iterator[Running]:
     """A daemon that has the model created and loaded, with the thread count as one of its parameters."""
-    with daemon.running(folder, OLLAMA_CONTEXT_LENGTH=str(CONTEXT), OLLAMA_KEEP_ALIVE="-1") as running:
+    own = {"OLLAMA_CONTEXT_LENGTH": str(CONTEXT), "OLLAMA_KEEP_ALIVE": "-1", **variables}
+    with daemon.running(folder, **own) as running:
         modelfile = folder / "Modelfile"
         plain = PLAIN_GO if chat_template(model) == PLAIN else ""
         modelfile.write_text(f"FROM {model}\n{plain}PARAMETER num_thread {threads}\nPARAMETER num_predict 128\n")

@@ -1,11 +1,11 @@
 """A daemon under mixed load for minutes: what it holds is sampled, a slope is fitted to each, and the end must be clean.
 
-    python -m bench.soak --minutes 20 [--users 16] [--into bench/results/soak.json]
+    python -m bench.soak --minutes 20 [--users 16] [--into bench/results/soak.json] [--set MALLOC_ARENA_MAX=1]
 
 Clients chat (whole answers, early disconnects, long prompts, JSON output), embed, look around and send mistakes; a second
-model is loaded and unloaded all the time. Sampled: memory, open files and threads of the daemon and of the engine that stays,
-number of processes, blocks in use. Exit status 1: an answer failed that should not, something grew (GROWTH), or after the
-load something is still held.
+model is loaded and unloaded all the time; prefixes are kept on disk as by default, in a folder of this run. Sampled: memory of
+their own (RssAnon + VmSwap), open files and threads of the daemon and of the engine that stays, the daemon's tasks, processes,
+blocks. Exit status 1: an answer failed that should not, something grew (GROWTH), or after the load something is still held.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -31,12 +32,19 @@ from bench import machine, servers
 from bench.cpu import model_path
 from bench.table import align
 from bench.workloads import Chat, prose, question
+from ollamapy.env import Settings
 from ollamapy.lifecycle.devices import physical_cores
 from tests.daemon import Daemon
 
 EVERY = 2.0  # seconds between samples
-WARM = 0.35  # of the time: caches fill, allocators find their size; left out of the slopes
-GROWTH = {"rss": 0.03, "files": 0.1, "threads": 0.1, "processes": 0.1}  # of the middle value, over the time after WARM
+WARM = 0.5  # of the time: caches fill, allocators find their size; left out of the slopes
+GROWTH = {
+    "memory": 0.03,
+    "files": 0.1,
+    "threads": 0.1,
+    "tasks": 0.1,
+    "processes": 0.1,
+}  # of the middle value, over the time after WARM
 SETTLE_SECONDS = 20.0  # for everything to be given back at the end
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
 MISTAKES: tuple[tuple[str, dict[str, Any], int], ...] = (
@@ -128,6 +136,12 @@ class Clients:
             await asyncio.sleep(2)
 
 
+def own_memory(pid: int) -> int:
+    """Bytes that no file backs, in memory or swapped out: what a leak grows, wherever the kernel puts it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(size) << 10 for size in re.findall(r"^(?:RssAnon|VmSwap):\s+(\d+) kB$", status, re.MULTILINE))
+
+
 class Samples:
     """Rows of what the daemon and the engine that stays hold, one for each look."""
 
@@ -139,14 +153,15 @@ class Samples:
 
     async def look(self) -> dict[str, float]:
         async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
-            models = (await client.get(f"{self.url}/api/ps", params={"verbose": "true"})).json()["models"]
-        engine = next(model["engine"] for model in models if model["name"].startswith(servers.NAME))
+            told = (await client.get(f"{self.url}/api/ps", params={"verbose": "true"})).json()
+        engine = next(model["engine"] for model in told["models"] if model["name"].startswith(servers.NAME))
         row = {"seconds": time.monotonic() - self.start, "processes": float(len(self.daemon.children(recursive=True)))}
+        row["daemon tasks"] = float(told["daemon"]["tasks"])
         for name, process in (("daemon", self.daemon), ("engine", psutil.Process(engine["pid"]))):
             with process.oneshot():
-                row |= {f"{name} rss": process.memory_info().rss / 2**20, f"{name} files": float(process.num_fds())}
+                row |= {f"{name} memory": own_memory(process.pid) / 2**20, f"{name} files": float(process.num_fds())}
                 row[f"{name} threads"] = float(process.num_threads())
-        figures = ("used_blocks", "num_running", "num_waiting")
+        figures = ("used_blocks", "cached_blocks", "free_blocks", "num_running", "num_waiting")
         return row | {name.replace("_", " "): float(engine["stats"][name]) for name in figures}
 
     async def watch(self, until: float, say: Callable[[str], None]) -> None:
@@ -193,6 +208,8 @@ def faults(report: dict[str, Any]) -> list[str]:
         if limit is not None and figures["growth"] > limit:
             found.append(f"{name} grew by {figures['growth']:.1%} (limit {limit:.0%})")
     held = {name: report["end"][name] for name in ("used blocks", "num running", "num waiting") if report["end"][name]}
+    if (tasks := report["end"]["daemon tasks"]) > report["begin"]["daemon tasks"]:
+        held["daemon tasks"] = tasks
     found += [f"still held at the end: {name} {value:.0f}" for name, value in held.items()]
     return found
 
@@ -229,11 +246,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--churn", default="gemma3", help='model that is loaded and unloaded meanwhile ("": none)')
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the daemon's environment"
+    )
     parser.add_argument("--into", type=Path, help="JSON to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        with servers.ours(home, model_path("smollm2", home), options.threads) as running:
+        shipped = {"OLLAMAPY_PREFIX_CACHE_BYTES": str(Settings().prefix_cache_bytes), "XDG_CACHE_HOME": str(home / "cache")}
+        variables = {**shipped, **dict(pair.split("=", 1) for pair in options.set)}
+        with servers.ours(home, model_path("smollm2", home), options.threads, **variables) as running:
             assert running.daemon is not None
             if options.churn:
                 modelfile = home / "Churn"

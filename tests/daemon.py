@@ -25,6 +25,9 @@ COMMAND = [sys.executable, "-m", "ollamapy"]
 SERVE = (*COMMAND, "serve")
 START_SECONDS = 30
 
+# Whoever starts servers ends them when it is ended: SIGTERM unwinds as Ctrl-C does, or they would be left as orphans.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
 
 class Serving:
     """A daemon's process, which answers or has ended. `work_to_answer`: seconds of its own processor time until it answered

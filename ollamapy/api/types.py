@@ -259,8 +259,9 @@ class RunningModel(msgspec.Struct, kw_only=True, omit_defaults=True):
     engine: dict[str, Any] = {}
 
 
-class RunningResponse(msgspec.Struct):
+class RunningResponse(msgspec.Struct, omit_defaults=True):
     models: list[RunningModel]
+    daemon: dict[str, int] = {}  # ours, on request: the tasks of its event loop
 
 
 class TensorEntry(msgspec.Struct):

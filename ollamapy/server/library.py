@@ -44,14 +44,15 @@ async def tags(request: Request) -> Response:
 
 
 async def ps(request: Request) -> Response:
-    """With `?verbose=1` also what each engine is and does."""
+    """With `?verbose=1` also what each engine is and does, and the tasks that the daemon has."""
     verbose = request.query_params.get("verbose") in ("1", "true")
     loaded = services(request).residents
     rows = [_running(row) for row in loaded.running()]
-    if verbose:
-        for row, model in zip(rows, loaded.running(), strict=True):
-            row.engine = await _engine(model)
-    return JSON(RunningResponse(rows))
+    if not verbose:
+        return JSON(RunningResponse(rows))
+    for row, model in zip(rows, loaded.running(), strict=True):
+        row.engine = await _engine(model)
+    return JSON(RunningResponse(rows, {"tasks": len(asyncio.all_tasks())}))
 
 
 async def show(request: Request) -> Response:
