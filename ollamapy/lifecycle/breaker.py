@@ -14,7 +14,8 @@ REST = 30.0  # seconds without a new start
 
 
 class Breaker:
-    """Times of crashes by model. `clock` gives seconds."""
+    """Times of crashes by key: a model and the options that its engine was started with, so that options which no engine bears
+    stop only those who ask for them. `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -23,6 +24,9 @@ class Breaker:
 
     def record(self, key: Hashable, reason: str) -> None:
         now = self._clock()
+        for old in [key for key, times in self._crashes.items() if now - times[-1] > WITHIN]:
+            del self._crashes[old]
+            self._resting.pop(old, None)
         times = self._crashes.setdefault(key, deque(maxlen=CRASHES))
         times.append(now)
         if len(times) == CRASHES and now - times[0] <= WITHIN:

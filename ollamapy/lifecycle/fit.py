@@ -10,7 +10,7 @@ from typing import Literal
 from ollamapy.engine.groups import blocks_of, group_size, layer_groups, most_tokens
 from ollamapy.engine.protocol import KVType, LayerGroup, LayerSpan, Plan
 from ollamapy.env import Settings
-from ollamapy.lifecycle.options import RunnerOptions
+from ollamapy.lifecycle.options import MAX_THREADS, RunnerOptions
 from ollamapy.lifecycle.sizes import Beside, WeightBytes
 from ollamapy.models.config import ModelConfig
 
@@ -163,7 +163,7 @@ class Model:
             max_context=max(context, most),
             max_num_seqs=min(MAX_NUM_SEQS[last.kind], self.batch_tokens(context)),
             max_batch_tokens=self.batch_tokens(context),
-            num_threads=self.options.num_thread or cpu_cores,
+            num_threads=self.options.num_thread or min(cpu_cores, MAX_THREADS),
             kernels=self.settings.kernels,
             groups=groups,
             precise=self.precise,

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ollamapy.api.options import Options
+from ollamapy.errors import OptionError
 
 MIN_CONTEXT = 4
+MAX_BATCH = 1 << 16  # tokens of a step; above a few thousand nothing gets faster
+MAX_THREADS = 256  # that the kernels' team can have (csrc/cpu/matmul.cpp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,16 @@ class RunnerOptions:
 
     @classmethod
     def of(cls, options: Options | Mapping[str, object]) -> RunnerOptions:
-        """Of merged `Options`, where a default stands for no choice, or of a mapping with only what was given."""
+        """Of merged `Options`, where a default stands for no choice, or of a mapping with only what was given.
+
+        Raises OptionError for what no engine can be started with.
+        """
         if isinstance(options, Options):
             options = {name: getattr(options, name) for name in cls.__dataclass_fields__}
             options["num_ctx"] = options["num_ctx"] or None  # merge() has made an explicit 0 a 4
             options["num_batch"] = None if options["num_batch"] == Options().num_batch else options["num_batch"]
-        num_ctx, num_batch = _integer(options, "num_ctx"), _integer(options, "num_batch")
-        num_gpu, num_thread = _integer(options, "num_gpu"), _integer(options, "num_thread")
+        num_ctx, num_batch = _integer(options, "num_ctx"), _integer(options, "num_batch", MAX_BATCH)
+        num_gpu, num_thread = _integer(options, "num_gpu"), _integer(options, "num_thread", MAX_THREADS)
         return cls(
             num_ctx=None if num_ctx is None else max(MIN_CONTEXT, num_ctx),
             num_batch=num_batch if num_batch is not None and num_batch > 0 else None,
@@ -40,6 +46,10 @@ class RunnerOptions:
         )
 
 
-def _integer(options: Mapping[str, object], name: str) -> int | None:
+def _integer(options: Mapping[str, object], name: str, most: int | None = None) -> int | None:
     value = options.get(name)
-    return int(value) if isinstance(value, int | float) else None
+    if not isinstance(value, int | float):
+        return None
+    if most is not None and value > most:
+        raise OptionError(f'option "{name}" is {int(value)}: at most {most}')
+    return int(value)

@@ -123,9 +123,9 @@ class EngineProcess(asyncio.Protocol):
         self._check()
         request_id = next(self._ids)
         request = self._requests[request_id] = Inbox()
-        self._send(protocol.Generate(request_id, token_ids, params, caller))
         finished = False
         try:
+            self._send(protocol.Generate(request_id, token_ids, params, caller))
             while not finished:
                 output = await request.take()
                 finished = output.finish is not None
@@ -142,8 +142,8 @@ class EngineProcess(asyncio.Protocol):
         request_id = next(self._ids)
         future: asyncio.Future[Embedding] = asyncio.get_running_loop().create_future()
         self._embeds[request_id] = future
-        self._send(protocol.Embed(request_id, token_ids, caller))
         try:
+            self._send(protocol.Embed(request_id, token_ids, caller))
             embedding = await future
         except asyncio.CancelledError:
             self._abort(request_id)

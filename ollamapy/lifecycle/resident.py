@@ -18,6 +18,7 @@ from ollamapy.lifecycle.fit import Placement
 from ollamapy.lifecycle.options import RunnerOptions
 from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.sizes import adapter_bytes
+from ollamapy.lifecycle.spawner import Spawner
 from ollamapy.models.config import ModelConfig
 from ollamapy.names import ModelName
 from ollamapy.tokenizer import Tokenizer
@@ -101,6 +102,24 @@ class Resident:
         self.closing: asyncio.Task[None] | None = None
         self._expires_at: datetime | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    @classmethod
+    async def start(
+        cls, spawner: Spawner, model: ModelLike, file: ModelFile, placement: Placement, made_for: RunnerOptions, timeout: float
+    ) -> Resident:
+        """Its engine started and its tokenizer built. `timeout`: seconds without progress. Cancelling it leaves nothing behind.
+
+        Raises EngineError, or what the engine or the tokenizer reports.
+        """
+        engine = await EngineProcess.start(spawner, placement.plan, load_timeout=timeout)
+        try:
+            tokenizer = await asyncio.shield(file.tokenizer)
+            if not engine.alive:  # it died while the tokenizer was built
+                raise engine.end_reason()
+        except BaseException:
+            await engine.close()
+            raise
+        return cls(model, engine, tokenizer, file, placement, made_for)
 
     @property
     def on_gpu(self) -> bool:

@@ -25,7 +25,6 @@ from ollamapy.lifecycle.fit import Placement
 from ollamapy.lifecycle.limits import Limits
 from ollamapy.lifecycle.options import RunnerOptions
 from ollamapy.lifecycle.placement import DoesNotFit
-from ollamapy.lifecycle.process import EngineProcess
 from ollamapy.lifecycle.resident import Key, Load, LoadedModel, M, ModelLike, Resident, Running
 from ollamapy.lifecycle.sizes import adapter_bytes, read_beside, weight_bytes
 from ollamapy.lifecycle.spawner import Spawner
@@ -33,6 +32,7 @@ from ollamapy.lifecycle.spawner import Spawner
 log = logging.getLogger(__name__)
 
 DRAIN = 10.0  # seconds that requests get to end when their model is stopped
+PATIENCE = 600.0  # seconds that they get when another load needs the room; that load, and all behind it, wait so long
 MODELS_PER_DEVICE = 3
 
 
@@ -66,15 +66,16 @@ class Residents:
         """Loads the model if need be and holds it loaded. `keep_alive`: seconds it stays afterwards; None keeps what
         holds for it, 0 unloads it when its last request ends, negative is forever.
 
-        Raises ServerBusy when too many wait, of `client` or of all, NotFound when the weights are gone, and what a load raises.
+        Raises OptionError, ServerBusy when too many wait, of `client` or of all, NotFound when the weights are gone, and what a
+        load raises.
         """
         start = time.monotonic_ns()
-        key = _key(model)
-        self._check_open(key)
+        key, wanted = _key(model), RunnerOptions.of(options)
+        self._check_open()
         here = self._residents.get(key)
         self._limits.enter(key, client, here.placement.plan.max_num_seqs if here else 1)  # one loads, the others wait
         try:
-            resident = await self._get(key, model, RunnerOptions.of(options))
+            resident = await self._get(key, model, wanted)
             try:
                 resident.set_keep_alive(keep_alive)
                 yield resident.loaded(model, time.monotonic_ns() - start)
@@ -127,12 +128,11 @@ class Residents:
             if resident.serves(wanted):
                 return resident
             self._release(resident)  # others wanted less; load again
-            self._check_open(key)
+            self._check_open()
 
-    def _check_open(self, key: Key) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ServerBusy("the server is shutting down")
-        self._breaker.check(key)
 
     def _usable(self, resident: Resident, wanted: RunnerOptions) -> bool:
         return not resident.retiring and resident.engine.alive and resident.serves(wanted)
@@ -141,6 +141,7 @@ class Residents:
         """Waits for the load of `key`, which it begins if none is under way. The caller is then a user of the resident."""
         load = self._loads.get(key)
         if load is None:
+            self._breaker.check((key, wanted))
             load = self._loads[key] = Load()
             load.task = self._spawn_task(self._load(load, key, model, wanted))
         load.waiters += 1
@@ -181,30 +182,26 @@ class Residents:
         old = self._residents.get(key)
         if old is not None and self._usable(old, wanted):
             return old
+        file = await self._open(model)
+        adapters = sum(await asyncio.to_thread(lambda: [adapter_bytes(path) for path in model.adapter_paths]))
         keep_alive = self._settings.keep_alive
         if old is not None:
             keep_alive = old.keep_alive
-            await self._retire(old)
-        file = await self._open(model)
-        adapters = sum(await asyncio.to_thread(lambda: [adapter_bytes(path) for path in model.adapter_paths]))
+            devices = (await asyncio.to_thread(self._discover)).emptied()
+            await self._plan(key, file, devices, wanted, adapters)  # options that fit no machine do not end what serves others
+            await self._retire(old, PATIENCE)
         placed = await self._make_room(key, file, wanted, adapters)
         for note in placed.notes:
             log.warning("%s: %s", model.name.short(), note)
         try:
-            engine = await EngineProcess.start(self._spawner, placed.plan, load_timeout=self._settings.load_timeout)
+            resident = await Resident.start(self._spawner, model, file, placed, wanted, self._settings.load_timeout)
         except EngineError as error:
-            self._breaker.record(key, str(error))
+            self._breaker.record((key, wanted), str(error))
             raise
-        try:
-            tokenizer = await asyncio.shield(file.tokenizer)
-        except BaseException:
-            await engine.close()
-            raise
-        resident = Resident(model, engine, tokenizer, file, placed, wanted)
         resident.set_keep_alive(keep_alive)
-        engine.on_death = lambda: self._died(resident)
+        resident.engine.on_death = lambda: self._died(resident)
         self._residents[key] = resident
-        log.info("%s: loaded on %s in %.2f s", model.name.short(), placed.plan.device, engine.info.load_ns / 1e9)
+        log.info("%s: loaded on %s in %.2f s", model.name.short(), placed.plan.device, resident.engine.info.load_ns / 1e9)
         return resident
 
     async def _open(self, model: ModelLike) -> ModelFile:
@@ -250,11 +247,11 @@ class Residents:
         """Ends one model: an idle one before one in use, then the one with the shortest keep_alive, then the longest unused."""
         resident = min(self._residents.values(), key=lambda r: (r.users > 0, r.keep_alive, r.last_used))
         log.info("%s: evicted to make room", resident.model.name.short())
-        await self._retire(resident)
+        await self._retire(resident, PATIENCE)
         if resident.on_gpu:
             await wait_for_gpu_memory(self._discover, devices, resident.engine.info.vram_bytes)
 
-    async def _retire(self, resident: Resident, patience: float | None = None) -> None:
+    async def _retire(self, resident: Resident, patience: float) -> None:
         """Lets no new request in, waits for those that run, at most `patience` seconds, and ends the engine."""
         resident.retiring += 1
         try:
@@ -285,7 +282,7 @@ class Residents:
 
     def _died(self, resident: Resident) -> None:
         if resident.closing is None:
-            self._breaker.record(_key(resident.model), str(resident.engine.end_reason()))
+            self._breaker.record((_key(resident.model), resident.made_for), str(resident.engine.end_reason()))
             self._begin_close(resident)
 
     def _spawn_task(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

@@ -19,6 +19,7 @@ from ollamapy.env import Settings
 from ollamapy.errors import OllamapyError
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.server.app import create_app
+from ollamapy.server.connection import Connection
 from ollamapy.server.keys import KeysError, read_keys
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def run(settings: Settings, residents: Residents) -> int:
     config = uvicorn.Config(
         create_app(settings, residents, metrics_sockets),
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,

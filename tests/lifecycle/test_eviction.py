@@ -10,6 +10,7 @@ import pytest
 
 from ollamapy.env import FOREVER
 from ollamapy.errors import EngineError
+from ollamapy.lifecycle import residents as residents_module
 from ollamapy.lifecycle.devices import Devices
 from ollamapy.lifecycle.residents import Residents
 from tests.lifecycle.fakes import exists, fake_model
@@ -161,3 +162,21 @@ def test_nothing_is_evicted_for_a_model_that_never_fits(tmp_path: Path) -> None:
 
     sizes = [GIB]
     with_residents(check, discover=lambda: Devices(2, sizes[-1], sizes[-1]))
+
+
+def test_a_model_whose_users_never_end_is_evicted_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residents_module, "PATIENCE", 0.2)
+    a, b = (fake_model(tmp_path, name) for name in "ab")
+
+    async def check(residents: Residents) -> None:
+        stuck = asyncio.create_task(hold(residents, a, 1000, keep_alive=-1))
+        await within(2, lambda: names(residents) == {"a"})
+        await asyncio.wait_for(hold(residents, b), 5)
+        again = asyncio.create_task(hold(residents, a, 1000, {"num_ctx": 64}))
+        await within(5, lambda: names(residents) == {"a"})
+        await asyncio.wait_for(hold(residents, a, options={"num_ctx": 8192}), 5)  # a reload, the same
+        for task in (stuck, again):
+            task.cancel()
+        await asyncio.wait([stuck, again])
+
+    with_residents(check, max_loaded_models=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ollamapy.engine.protocol import Output, SamplingParams
+from ollamapy.engine.protocol import Caller, Output, SamplingParams
 from ollamapy.errors import EngineError
 from ollamapy.lifecycle import process
 from ollamapy.lifecycle.process import EngineProcess
@@ -109,6 +109,22 @@ def test_closing_a_finished_generation_aborts_nothing(tmp_path: Path) -> None:
         await never_started.aclose()  # type: ignore[attr-defined]
         await engine.stats()
         assert "\nabort " not in trace.read_text()
+        await engine.close()
+
+    with_spawner(check)
+
+
+def test_what_cannot_be_sent_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Half a surrogate pair is no text that a message can carry."""
+
+    async def check(spawner: Spawner) -> None:
+        engine = await EngineProcess.start(spawner, plan(tmp_path / "m"))
+        with pytest.raises(UnicodeEncodeError):
+            await anext(engine.generate([0], SamplingParams(cache_salt="\ud800")))
+        with pytest.raises(UnicodeEncodeError):
+            await engine.embed([0], Caller("\ud800"))
+        assert engine.num_requests == 0
+        assert await collect(engine, 3) == [1, 2, 3]
         await engine.close()
 
     with_spawner(check)
