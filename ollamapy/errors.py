@@ -137,3 +137,9 @@ def lacks_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)  # it has no class
     return allocator or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def failure_text(error: BaseException) -> str:
+    """For users: without the message, which may tell paths and addresses."""
+    what = "ran out of memory" if lacks_memory(error) else "failed"
+    return f"the model {what} on this request ({type(error).__name__}); the log has the details"

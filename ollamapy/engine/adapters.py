@@ -8,40 +8,45 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from ollamapy.engine.batch import AdapterRows, RowAdapter
 from ollamapy.engine.build import build_batch, num_wanted
-from ollamapy.engine.protocol import MAX_ADAPTERS, SamplingParams
+from ollamapy.engine.protocol import MAX_ADAPTERS
 from ollamapy.engine.runner import ModelRunner
 from ollamapy.engine.schedule import Schedule
 from ollamapy.errors import NotSupported
 
 
 class Adapters:
-    """By the path of their file."""
+    """By the path of their file. `load` runs in a thread, so that the steps of others go on."""
 
     def __init__(self, load: Callable[[str], RowAdapter] | None) -> None:
         self._load = load
-        self._loaded: OrderedDict[str, RowAdapter] = OrderedDict()
+        self._loaded: OrderedDict[str, Future[RowAdapter]] = OrderedDict()
+        self._thread: ThreadPoolExecutor | None = None
 
-    def of(self, params: SamplingParams) -> tuple[tuple[RowAdapter, float], ...]:
-        """Those of a request and their scales. Raises what loading raises: an OllamapyError where the file does not fit."""
-        found = tuple((self._get(path), scale) for path, scale in params.adapters)
-        while len(self._loaded) > MAX_ADAPTERS:
+    def start(self, path: str) -> Future[RowAdapter]:
+        """The future raises what loading raises: an OllamapyError where the file does not fit. What failed is tried again."""
+        found = self._loaded.pop(path, None)
+        if found is None or (found.done() and found.exception() is not None):
+            found = self._begin(path)
+        self._loaded[path] = found
+        if len(self._loaded) > MAX_ADAPTERS:
             self._loaded.popitem(last=False)
         return found
 
-    def _get(self, path: str) -> RowAdapter:
-        adapter = self._loaded.pop(path, None)
-        if adapter is None:
-            if self._load is None:
-                raise NotSupported("this model takes no adapters")
-            adapter = self._load(path)
-        self._loaded[path] = adapter
-        return adapter
+    def _begin(self, path: str) -> Future[RowAdapter]:
+        if self._load is None:
+            refused: Future[RowAdapter] = Future()
+            refused.set_exception(NotSupported("this model takes no adapters"))
+            return refused
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "adapter")
+        return self._thread.submit(self._load, path)
 
 
 def forward(runner: ModelRunner, step: Schedule, block_size: int) -> Tensor:

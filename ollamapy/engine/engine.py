@@ -12,13 +12,13 @@ import secrets
 import time
 from array import array
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.adapters import Adapters
+from ollamapy.engine.arrivals import Arrivals
 from ollamapy.engine.batch import RowAdapter
-from ollamapy.engine.execution import Execution, failure_text
-from ollamapy.engine.grammar import Grammar, Vocabulary
+from ollamapy.engine.execution import Execution
+from ollamapy.engine.grammar import Vocabulary
 from ollamapy.engine.grammars import Grammars
 from ollamapy.engine.memory import allocated, shortage
 from ollamapy.engine.overlap import Overlap
@@ -44,13 +44,12 @@ from ollamapy.engine.scheduler import Scheduler
 from ollamapy.engine.sequence import Pooling, Result, Sequence, refusal
 from ollamapy.engine.speculation import Speculation
 from ollamapy.engine.speculation_draft import DraftModel
-from ollamapy.errors import EngineError, OllamapyError
+from ollamapy.errors import EngineError
 
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL = 1.0  # seconds between two integrity checks that run by themselves
 MEASURED_TOKENS = 64  # of a step whose time tells what a prefill costs
-COMPILE_WAIT = 0.02  # seconds after which an engine that waits for a grammar looks for commands
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, shift=False)
 
 
@@ -80,9 +79,7 @@ class Engine:
         self.execution = Execution(self.runner, plan, self._kernels, accelerator)
         self.overlap = Overlap(self.execution, self.scheduler) if accelerator is not None and plan.overlap else None
         self.speculation = Speculation(plan, self.draft_model)
-        self.grammars = Grammars(read_vocabulary)
-        self.adapters = Adapters(load_adapter)
-        self._compiling: dict[int, tuple[Sequence, Future[Grammar]]] = {}  # by request id: not yet the scheduler's
+        self.arrivals = Arrivals(Grammars(read_vocabulary), Adapters(load_adapter))  # not yet the scheduler's
         self._pending: list[Output | Embedding] = []  # ends of requests that no step has told yet
         self._num_steps = 0
         self._integrity, self._last_check = "ok", 0.0
@@ -91,7 +88,7 @@ class Engine:
     def has_work(self) -> bool:
         on_disk = self.prefixes is not None and self.prefixes.has_work
         in_flight = self.overlap is not None and self.overlap.flight is not None
-        return bool(self.scheduler.sequences or self._pending or self._compiling or on_disk or in_flight)
+        return bool(self.scheduler.sequences or self._pending or self.arrivals or on_disk or in_flight)
 
     def add(self, request_id: int, token_ids: list[int], params: SamplingParams, caller: Caller = NOBODY) -> None:
         """Starts generating after `token_ids`. A request that cannot be run is answered by the next step. Raises EngineError
@@ -107,8 +104,7 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         """Ends a request now and frees its blocks; the next step says so. Unknown ids are those that have ended already."""
-        compiling = self._compiling.pop(request_id, None)
-        seq = self.scheduler.abort(request_id) if compiling is None else compiling[0]
+        seq = self.arrivals.abort(request_id) or self.scheduler.abort(request_id)
         if seq is None and self.prefixes is not None:
             seq = self.prefixes.abort(request_id)
         if seq is None:
@@ -121,8 +117,8 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Computes one batch and tells what came of it: at most one Step, and an Embedding for each that is done."""
-        if self._compiling:
-            self._add_compiled()
+        if self.arrivals:
+            self._add_arrived()
         if self.prefixes is not None and self.prefixes.has_work:
             self._exchange(self.prefixes)
         told, self._pending = self._pending, []
@@ -180,7 +176,7 @@ class Engine:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         return Stats(
             num_running=len(scheduler.running),
-            num_waiting=scheduler.num_waiting + len(self._compiling) + (self.prefixes.num_waiting if self.prefixes else 0),
+            num_waiting=scheduler.num_waiting + len(self.arrivals) + (self.prefixes.num_waiting if self.prefixes else 0),
             free_blocks=blocks.num_free,
             cached_blocks=blocks.num_cached,
             used_blocks=blocks.num_blocks - blocks.num_available,
@@ -241,7 +237,7 @@ class Engine:
         self, request_id: int, token_ids: list[int], params: SamplingParams, seed: int, pooling: Pooling | None, caller: Caller
     ) -> None:
         restoring = self.prefixes is not None and self.prefixes.knows(request_id)
-        if request_id in self.scheduler.sequences or request_id in self._compiling or restoring:
+        if request_id in self.scheduler.sequences or request_id in self.arrivals or restoring:
             raise EngineError(f"request {request_id} is in use")
         wanted = params.context_length or (self.plan.context_length if pooling is None else self.max_context)
         limit = min(wanted, self.max_context)
@@ -253,15 +249,7 @@ class Engine:
         else:
             now = time.monotonic_ns()
             seq = Sequence(request_id, array("q", token_ids), params, limit, seed, pooling, now, caller)
-            try:
-                seq.adapters = self.adapters.of(params)
-            except (OllamapyError, OSError) as error:
-                ended = Finish("error", len(token_ids), error=str(error), bad_request=True)
-                self._pending.append(Output(request_id, [], finish=ended))
-                return
-            if params.grammar:
-                self._compiling[request_id] = seq, self.grammars.start(params.grammar, params.trigger)
-            else:
+            if not self.arrivals.begin(seq):
                 self._enter(seq)
 
     def _enter(self, seq: Sequence) -> None:
@@ -272,23 +260,14 @@ class Engine:
     def _exchange(self, prefixes: Prefixes) -> None:
         """A part of what is to be written, and requests whose prefix has come."""
         prefixes.write_some()
-        idle = not (self.scheduler.sequences or self._pending or self._compiling)
+        idle = not (self.scheduler.sequences or self._pending or self.arrivals)
         for seq in prefixes.restored(idle):
             self.scheduler.add(seq)
 
-    def _add_compiled(self) -> None:
-        """Lets requests in whose grammar is there. Waits for one when there is nothing else to do."""
-        if not self.scheduler.sequences and not self._pending:
-            wait([future for _, future in self._compiling.values()], COMPILE_WAIT, FIRST_COMPLETED)
-        for request_id, (seq, future) in list(self._compiling.items()):
-            if not future.done():
-                continue
-            del self._compiling[request_id]
-            error = future.exception()
-            if error is None:
-                seq.grammar = future.result()
+    def _add_arrived(self) -> None:
+        """Lets requests in whose grammar and adapters are there. Waits for one when there is nothing else to do."""
+        for seq, failed in self.arrivals.arrived(idle=not self.scheduler.sequences and not self._pending):
+            if failed is None:
                 self._enter(seq)
             else:
-                log.error("request %d: no grammar: %s", request_id, error)
-                text = str(error) if isinstance(error, EngineError) else failure_text(error)
-                self._pending.append(Output(request_id, [], finish=Finish("error", seq.num_prompt_tokens, error=text)))
+                self._pending.append(Output(seq.request_id, [], finish=failed))

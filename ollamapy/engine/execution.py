@@ -29,7 +29,7 @@ from ollamapy.engine.sampler import Sampler
 from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.speculation import agreed
-from ollamapy.errors import EngineError, lacks_memory
+from ollamapy.errors import EngineError, failure_text
 
 log = logging.getLogger(__name__)
 
@@ -201,9 +201,3 @@ def _objection(plan: Plan, kernels: Mapping[str, str], accelerated: bool) -> str
         return "off: OLLAMAPY_CUDA_GRAPHS=0"
     readers = [op for op in _HOST_READERS if kernels.get(op) == "reference"]
     return f"off: the reference kernels of {', '.join(readers)} read sizes on the host" if readers else ""
-
-
-def failure_text(error: BaseException) -> str:
-    """For users: without the message, which may tell paths and addresses."""
-    what = "ran out of memory" if lacks_memory(error) else "failed"
-    return f"the model {what} on this request ({type(error).__name__}); the log has the details"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from ollamapy.engine.sequence import Pooling, Result, Sequence
+from ollamapy.errors import failure_text
+
+log = logging.getLogger(__name__)
 
 
 def pooling_of(pooling_type: str, causal: bool) -> Pooling:
@@ -36,10 +41,16 @@ def pooled_bytes(seq: Sequence) -> bytes:
 
 
 def pooled_result(seq: Sequence, length: int, rows: Tensor) -> Result | None:
-    """Takes a chunk of `length` tokens; the vector when it was the last."""
+    """Takes a chunk of `length` tokens; the vector when it was the last. Only a device that
+    is lost raises: with anything else the step would be run again, and chunks of others taken twice."""
     try:
         pool(seq, rows)
         complete = seq.num_computed + length == len(seq.token_ids)
         return Result(vector=pooled_bytes(seq)) if complete else None
     except ValueError as error:
         return Result(error=str(error))
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        log.exception("pooling of request %d failed", seq.request_id)
+        return Result(error=failure_text(error))

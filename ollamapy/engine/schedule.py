@@ -36,7 +36,7 @@ class Schedule:
         return (Schedule([seq], [count]) for seq, count in zip(self.sequences, self.num_tokens, strict=True))
 
 
-def finish(seq: Sequence, reason: FinishReason, now: int, error: str = "") -> Finish:
+def finish(seq: Sequence, reason: FinishReason, now: int, error: str = "", bad_request: bool = False) -> Finish:
     scheduled, first = seq.first_scheduled_ns or now, seq.first_token_ns or now
     return Finish(
         reason=reason,
@@ -50,4 +50,5 @@ def finish(seq: Sequence, reason: FinishReason, now: int, error: str = "") -> Fi
         drafted_tokens=seq.num_drafted,
         accepted_tokens=seq.num_accepted,
         error=error,
+        bad_request=bad_request,
     )

@@ -9,6 +9,7 @@ sequence alone always fits (Engine sees to that), so the oldest always moves on.
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import insort
 
@@ -21,6 +22,9 @@ from ollamapy.engine.protocol import Embedding, Output, Plan
 from ollamapy.engine.schedule import Schedule, finish
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.siblings import Siblings
+from ollamapy.errors import failure_text
+
+log = logging.getLogger(__name__)
 
 OLDEST_SHARE = 4  # of the prompt tokens of a step, one part in so many is kept for the oldest prompt
 
@@ -83,8 +87,7 @@ class Scheduler:
         """Lets waiting sequences in, each as soon as there is room for its whole context."""
         while self.waiting:
             seq = self.waiting.next(now)
-            found = self._lookup(seq)
-            while not self._has_room(seq, found):
+            while not self._has_room(seq, found := self._lookup(seq)):  # whose blocks may be those of one put back
                 other = overserved(seq, self.running, now)
                 if other is None:
                     return
@@ -137,7 +140,9 @@ class Scheduler:
             if seq.num_uncomputed > 1 and not (seq.block_tables and seq.first_scheduled_ns):
                 self._reuse(seq, self._lookup(seq))
             short = not seq.first_scheduled_ns and seq.num_uncomputed <= whole - kept
-            count = self._chunk(seq, whole - kept if short else max(budget - kept, 0), step)
+            count = min(seq.num_uncomputed, whole - kept if short else max(budget - kept, 0))
+            if self.whole_prompts and count < seq.num_uncomputed:  # one may pass the budget when it has the step to itself
+                count = 0 if len(step) else seq.num_uncomputed
             while count and not self.blocks.grow(seq, seq.num_computed + count):
                 younger = self._yielding(seq, scheduled, now)
                 if younger:
@@ -176,13 +181,6 @@ class Scheduler:
         seq.num_cached = seq.num_computed
         self.prefix_query_tokens += seq.num_prompt_tokens
         self.prefix_hit_tokens += seq.num_cached
-
-    def _chunk(self, seq: Sequence, budget: int, step: Schedule) -> int:
-        """Tokens of a prompt to compute now; a whole prompt may pass the budget when it has the step to itself."""
-        left = seq.num_uncomputed
-        if self.whole_prompts:
-            return left if left <= budget or not len(step) else 0
-        return min(left, budget)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
@@ -251,7 +249,11 @@ class Scheduler:
         if seq.max_tokens == 0:  # only the prompt was wanted, in the cache
             self._remove(seq)
             return Output(seq.request_id, [], finish=finish(seq, "length", now))
-        reason = seq.accept(result.token_id)
+        try:
+            reason = seq.accept(result.token_id)
+        except Exception as error:  # of its own data, as its grammar: the others go on
+            log.exception("request %d failed", seq.request_id)
+            return self._fail_generation(seq, failure_text(error), now)
         ended = None
         if reason is not None:
             self._remove(seq)
@@ -273,9 +275,8 @@ class Scheduler:
 
     def _fail_generation(self, seq: Sequence, error: str, now: int) -> Output:
         self._remove(seq, forget=True)
-        ended = finish(seq, "error", now, error)
-        ended = msgspec.structs.replace(ended, bad_request=seq.grammar is not None and error == seq.grammar.error)
-        return Output(seq.request_id, [], finish=ended)
+        own_fault = seq.grammar is not None and error == seq.grammar.error
+        return Output(seq.request_id, [], finish=finish(seq, "error", now, error, bad_request=own_fault))
 
     def _remove(self, seq: Sequence, forget: bool = False) -> None:
         del self.sequences[seq.request_id]

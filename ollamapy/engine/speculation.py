@@ -46,10 +46,17 @@ class Speculation:
                 continue
             num_rows += 1
             mode = seq.params.speculation
-            if mode == "off" or _most(seq) <= 0 or seq.params.mirostat:  # whose state needs the token before
+            if (
+                mode == "off" or seq.track.failed or _most(seq) <= 0 or seq.params.mirostat
+            ):  # whose state needs the token before
                 continue
-            _learn(seq)
-            found = mode != "draft" and _look_up(seq)
+            try:
+                _learn(seq)
+                found = mode != "draft" and _look_up(seq)
+            except Exception:  # of its own data, as its grammar: nobody is held up for a guess
+                log.exception("request %d: guessing failed: going on without it", seq.request_id)
+                seq.track.failed = True
+                continue
             if self.draft is not None and mode != "ngram" and seq.track.rates[DRAFT_MODEL] >= found * seq.track.rate:
                 asking.append(seq)
             elif found:

@@ -85,6 +85,7 @@ class Track:
     bucket: int = 0
     place: int = 0  # tokens generated when the guess was made
     pairs: Pairs = field(default_factory=Pairs)
+    failed: bool = False  # guessing did, for this request: it goes without
 
     def open(self, guess: list[int], bucket: int, place: int) -> None:
         self.guess, self.bucket, self.place = guess, bucket, place

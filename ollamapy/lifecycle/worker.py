@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -36,6 +37,7 @@ from ollamapy.models.load import load_model
 from ollamapy.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SWITCH = 0.0002  # seconds after which a thread that prepares a grammar gives Python's lock to the one that generates; 5 ms else
 NICE = 10  # of a load: a tenth of what a thread that generates gets where both want the same core
@@ -64,7 +66,7 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         kernels,
         read_vocabulary=lambda: read_vocabulary(plan.model_path),
         draft_model=draft,
-        load_adapter=lambda path: load_adapter(Path(path), model, torch.device(plan.device)),
+        load_adapter=lambda path: _yielding(lambda: load_adapter(Path(path), model, torch.device(plan.device))),
         store=open_store(plan),
         accelerator=accelerator(torch.device(plan.device), [torch.device(span.device) for span in plan.spans]),
     )
@@ -87,10 +89,10 @@ def _load(path: str, plan: Plan, progress: Progress) -> Decoder:
         )
 
 
-def _yielding(load: Callable[[], Decoder]) -> Decoder:
+def _yielding(load: Callable[[], T]) -> T:
     """What `load` returns; it runs in a thread, with threads of its own, that leave the cores to engines that generate."""
 
-    def run() -> Decoder:
+    def run() -> T:
         if sys.platform == "linux":  # elsewhere a thread has no niceness of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         return load()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
+import threading
 import time
 from typing import Any
 
@@ -47,7 +48,7 @@ def schema(value: object) -> str:
 
 def engine(**plan: object) -> Run:
     run = Run(**plan)
-    run.engine.grammars = Grammars(vocabulary)
+    run.engine.arrivals.grammars = Grammars(vocabulary)
     return run
 
 
@@ -186,7 +187,7 @@ def test_compiling_holds_nothing_up() -> None:
         time.sleep(0.5)
         return vocabulary()
 
-    run.engine.grammars = Grammars(slow)
+    run.engine.arrivals.grammars = Grammars(slow)
     run.add(0, [1, 2], grammar=lark('start: "yes"'))
     run.add(1, [1, 2], grammar=lark('start: "no"'))
     run.add(2, [1, 2], max_tokens=5)
@@ -205,11 +206,36 @@ def test_compiling_holds_nothing_up() -> None:
     assert text(run.answers[0]) == "yes" and steps < 60
 
 
+def test_what_nobody_waits_for_is_not_compiled() -> None:
+    """A client that asks for heavy grammars and leaves, again and again, holds others up by one of them."""
+    run = engine()
+    grammars = run.engine.arrivals.grammars
+    compiled: list[str] = []
+    may_go_on, begun = threading.Event(), threading.Event()
+
+    def compile(text: str) -> Any:
+        begun.set()
+        assert may_go_on.wait(60)
+        compiled.append(text)
+        return Grammars._compile(grammars, text)
+
+    grammars._compile = compile  # type: ignore[method-assign]
+    texts = [lark(f'start: "no" "{n}"') for n in range(20)]
+    for request_id, own in enumerate(texts):
+        run.add(request_id, [1, 2], grammar=own)
+    assert begun.wait(60)
+    for request_id in range(20):
+        run.engine.abort(request_id)
+    run.add(20, [1, 2], grammar=lark('start: "yes"'))
+    may_go_on.set()
+    assert text(run.drain()[20]) == "yes" and compiled == [texts[0], lark('start: "yes"')]
+
+
 def test_without_a_vocabulary() -> None:
     answer = Run().one([1, 2], grammar=lark('start: "yes"'))
     assert answer.finish is not None and answer.finish.error == "this engine has no vocabulary for grammars"
     run = Run()
-    run.engine.grammars = Grammars(lambda: Vocabulary(TOKENS, [CONTROL], []))
+    run.engine.arrivals.grammars = Grammars(lambda: Vocabulary(TOKENS, [CONTROL], []))
     answer = run.one([1, 2], grammar=lark('start: "yes"'))
     assert answer.finish is not None and "no end-of-generation token" in answer.finish.error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ollamapy.engine.blocks import BlockManager
+from ollamapy.engine.fairness import AGED
 from ollamapy.engine.protocol import Caller
 from ollamapy.engine.sequence import Sequence
 from ollamapy.engine.siblings import Siblings
@@ -137,6 +138,21 @@ def test_too_few_blocks(num_blocks: int, groups: object) -> None:
     run.drain()
     check_answers(run, range(8))
     assert num_blocks > 24 or run.engine.stats().num_preemptions
+
+
+def test_the_first_makes_room_for_the_one_that_was_to_share_its_last_block() -> None:
+    """A flex request that has aged takes the seat of a younger one: what that had is not there any more."""
+    run = Run(max_num_seqs=1)
+    caller = Caller("a", "flex")
+    run.add(0, PROMPT, caller, **PARAMS, seed=0)
+    run.step()
+    run.add(1, PROMPT, caller, **PARAMS, seed=1)
+    run.engine.scheduler.sequences[1].arrival_ns -= AGED
+    assert not run.engine.scheduler.siblings.num_held, "its prompt is there"
+    run.step()
+    assert run.engine.stats().num_preemptions == 1
+    run.drain()
+    check_answers(run, range(2))
 
 
 def test_shifted_context_is_no_ones_prompt() -> None:
