@@ -54,6 +54,15 @@ class Report:
         except Exception as problem:
             self.row(what=what, failed=f"{type(problem).__name__}: {str(problem)[:300]}")
 
+    def end(self) -> None:
+        """Fails the step when a row of it does: a part that failed, a check that found something or was not done. Only a tool
+        that is not installed does not count."""
+        failed = [row for row in self.figures["rows"] if any(key.endswith("failed") for key in row)]
+        failed += [row for row in self.figures["rows"] if "checks" in row and not row["passed"] and "absent" not in row]
+        if failed:
+            names = [str(next(iter(row.values()))) for row in failed]  # the first cell says what a row is about
+            raise SystemExit(f"failed or not done: {', '.join(names)}")
+
     def _write(self) -> None:
         half = self._out.with_suffix(".part")  # whoever ends this step finds a whole file
         half.write_text(json.dumps(self.figures))
@@ -109,8 +118,8 @@ def together(runs: dict[str, list[str]], environment: dict[str, str], limit: flo
                     started[name] = subprocess.Popen(
                         command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0
                     )
-            except OSError as problem:
-                report.row(checks=name, passed=None, summary=f"not run: {problem}")
+            except FileNotFoundError:
+                report.row(checks=name, passed=None, absent=f"{command[0]} is not installed")
         for name, process in started.items():
             try:
                 passed: bool | None = process.wait(max(deadline - time.monotonic(), 0.1)) == 0
@@ -243,7 +252,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    STEPS[args.step](torch.device(args.device), Report(args.out))
+    report = Report(args.out)
+    STEPS[args.step](torch.device(args.device), report)
+    report.end()
 
 
 if __name__ == "__main__":

@@ -40,11 +40,17 @@ def route_kernel(
     PADDED: tl.constexpr,
     PADDED_USED: tl.constexpr,
 ):
-    """One token: its USED likeliest experts, likeliest first, the lower number first among equals."""
+    """One token: its USED likeliest experts, likeliest first, the lower number first among equals.
+
+    NaN is never compared (`tl.max` passes over it, and no expert would equal that): the experts exist whatever the logits
+    are. The weights of such a token are NaN.
+    """
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PADDED)
     place = tl.arange(0, PADDED_USED)
     logit = tl.load(logits + token * experts + i, i < experts, other=float("-inf")).to(tl.float32)
+    bad = logit != logit
+    logit = tl.where(bad, 0.0, logit)
     if GATING == 0:
         score = tl.exp(logit - tl.max(logit, 0))
         score = score / tl.sum(score, 0)
@@ -52,7 +58,8 @@ def route_kernel(
         score = tl.sigmoid(logit)
     else:
         score = logit
-    left = tl.where(i < experts, score, float("-inf"))
+    bad |= (i < experts) & (score != score)  # infinite logits
+    left = tl.where((i < experts) & (score == score), score, float("-inf"))
     chosen = tl.zeros((PADDED_USED,), tl.int32)
     value = tl.full((PADDED_USED,), float("-inf") if GATING == 2 else 0.0, tl.float32)
     for step in tl.static_range(USED):
@@ -68,6 +75,7 @@ def route_kernel(
         value = value / tl.maximum(tl.sum(value, 0), 0.00006103515625)
     if GATING != 2:
         value *= scale
+    value = tl.where(tl.max(bad.to(tl.int32), 0) != 0, float("nan"), value)
     tl.store(ids + token * USED + place, chosen, place < USED)
     tl.store(weights + token * USED + place, value, place < USED)
 

@@ -42,7 +42,8 @@ def norm_kernel(
     """out = norm(x) * weight + bias. Before it, with POST, x = norm(x) * post; with ADD, residual += x, and that is normed.
 
     QUANT: out is int8, its steps (rows, width / 32) and sums of the quantized halves of groups (rows, width / 32, 2), float32;
-    weight j of half h of a group is at 2 j + h, as the int8 matmul reads it.
+    weight j of half h of a group is at 2 j + h, as the int8 matmul reads it. The step of a group with a value that is not
+    finite is NaN: no code says so.
     """
     row = tl.program_id(0).to(tl.int64) * width
     i = tl.arange(0, PADDED)
@@ -63,9 +64,12 @@ def norm_kernel(
     if QUANT:
         groups: tl.constexpr = PADDED // 32
         parts = tl.reshape(value, (groups, 2, 16))
+        finite = tl.abs(parts) < float("inf")
+        parts = tl.where(finite, parts, 0.0)
         most = tl.max(tl.max(tl.abs(parts), 2), 1)
         inverse = 127.0 / tl.where(most > 0.0, most, 1.0)
         codes = round_even(parts * inverse[:, None, None])
+        most = tl.where(tl.min(tl.min(finite.to(tl.int32), 2), 1) != 0, most, float("nan"))
         g = tl.arange(0, groups)
         inside = g < width // 32
         at = tl.program_id(0).to(tl.int64) * (width // 32) + g

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_check, gpu_engine, gpu_load
+from bench import gpu_check, gpu_engine, gpu_load, gpu_steps
 from bench.make_model import SHAPES
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +61,28 @@ def test_a_step_that_does_not_end_leaves_what_it_found(tmp_path: Path, monkeypat
     assert "not done within 2 s" in found["error"] and "so far" in found["error"]
     status = Path(f"/proc/{found['rows'][0]['child']}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def checks(tmp_path: Path, **commands: list[str]) -> gpu_steps.Report:
+    report = gpu_steps.Report(tmp_path / "found.json")
+    gpu_steps.together(commands, dict(os.environ), 1.0, report)
+    return report
+
+
+def test_a_check_that_fails_fails_the_run(tmp_path: Path) -> None:
+    """So does one that does not end; not one whose tool is not there. The rows are written all the same."""
+    passes, fails = ([sys.executable, "-c", f"print(1); raise SystemExit({code})"] for code in (0, 1))
+    checks(tmp_path, one=passes, sanitizer=["no-such-sanitizer"]).end()
+    for failing, passed in ((fails, False), (["sleep", "60"], None)):
+        report = checks(tmp_path, one=passes, two=failing)
+        with pytest.raises(SystemExit, match=r"not done: two$"):
+            report.end()
+        rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+        assert [(row["checks"], row["passed"]) for row in rows] == [("one", True), ("two", passed)]
+    report = gpu_steps.Report(tmp_path / "found.json")
+    report.row(matvec="8B Q4_K", cuda_failed="RuntimeError: the launch failed")
+    with pytest.raises(SystemExit, match="8B Q4_K"):
+        report.end()
 
 
 def test_a_file_is_loaded_in_every_way(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ollamapy import reference, triton_kernels
-from ollamapy.triton_kernels import activation, norm
+from ollamapy.gguf.types import GGMLType
+from ollamapy.triton_kernels import activation, layout, linear, norm
+from tests.triton.data import random_weight
 
 # exp of a large number is infinite and its inverse zero, as on a GPU; numpy, which interprets, says so
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -96,3 +98,17 @@ def test_quantize(shape: tuple[int, int], normed: bool) -> None:
     assert ((values - groups).abs() <= got.steps.unsqueeze(2) * 0.50001 + 1e-9).all()
     torch.testing.assert_close(got.sums, codes.sum(3) * got.steps.unsqueeze(2), rtol=1e-6, atol=1e-6)
     assert not values[0, 0].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_in_int8(bad: float) -> None:
+    """In its row's products as well; other rows keep their bits."""
+    x = randn(3, 96)
+    clean, weight = norm.quantize(x), layout.pack(random_weight(GGMLType.Q8_0, 16, 96))
+    whole = linear.int8_matmul(x, weight, torch.empty(3, 16))
+    x[1, 40] = bad
+    got = norm.quantize(x)
+    assert got.steps[1].isnan().tolist() == [False, True, False]
+    assert torch.equal(got.codes[[0, 2]], clean.codes[[0, 2]]) and torch.equal(got.steps[[0, 2]], clean.steps[[0, 2]])
+    products = linear.int8_matmul(x, weight, torch.empty(3, 16))
+    assert products[1].isnan().all() and torch.equal(products[[0, 2]], whole[[0, 2]])

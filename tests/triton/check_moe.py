@@ -66,6 +66,27 @@ def test_equal_experts() -> None:
     assert moe.route(torch.zeros(2, 5), reference.Routing(3))[0].tolist() == [[0, 1, 2]] * 2
 
 
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid", "softmax_selected"])
+@pytest.mark.parametrize(("experts", "used"), [(4, 2), (5, 3)])
+def test_bad_numbers_choose_experts(gating: reference.Gating, experts: int, used: int) -> None:
+    """NaN in a row chooses experts that exist, and harms no other row: by a matvec each, and by tiles."""
+    weights = [layout.pack(random_weight(GGMLType.Q8_0, experts, 32, 32, seed=seed)) for seed in range(3)]
+    held, routing = moe.Experts(*weights), reference.Routing(used, gating)
+    generator = torch.Generator().manual_seed(3)
+    for tokens in (6, 40):
+        x, logits = torch.randn(tokens, 32, generator=generator), torch.randn(tokens, experts, generator=generator)
+        whole = moe.mix(x, logits, held, routing, "silu", torch.zeros_like(x), False)
+        marred = logits.clone()
+        marred[2], marred[3, 1] = torch.nan, torch.nan
+        ids, shares = moe.route(marred, routing)
+        assert ((ids >= 0) & (ids < experts)).all() and shares[2:4].isnan().all()
+        got = moe.mix(x, marred, held, routing, "silu", torch.zeros_like(x), False)
+        assert got[2:4].isnan().all()
+        got[2:4], whole[2:4] = 0, 0
+        # a row has another place in its tile, and numpy, which interprets, sums 32 products in another order there
+        torch.testing.assert_close(got, whole, rtol=0, atol=32 * 2**-23 * float(whole.abs().max()))
+
+
 def test_runs() -> None:
     ids = torch.tensor([[2, 0], [2, 1], [2, 0]])
     runs = moe.sort_by_expert(ids, 4)
