@@ -85,10 +85,6 @@ void fill_sequences(const char* op, Paged& p, int64_t num_tokens, const Tensor& 
   p.tokens.num_items = int64_t(p.items.size());
 }
 
-// Floats for the results of chunks, 0 where none are shared out.
-int64_t partial_floats(const Tokens& t, const AttentionShape& a) {
-  return attention_spans(t, a.kv_heads, team::size()) == 1 ? 0 : t.pairs * a.heads * (a.value_length + kPartialExtra);
-}
 float* partials(int64_t floats) { return floats ? Scratch::floats(Scratch::kPartials, floats) : nullptr; }
 
 void fill_slots(const char* op, Paged& p, const Tensor& slots, int64_t num_tokens) {
@@ -129,10 +125,11 @@ Tensor attention(Tensor q, Tensor key, Tensor value, Tensor block_table, Tensor 
   fill_sequences("attention", p, q.size(0), block_table, query_start, seq_lens);
   if (sinks) check_vector("attention", "sinks", *sinks, ScalarType::Float, heads);
   Tensor out = torch::stable::empty({q.size(0), heads * a.value_length}, ScalarType::Float);
+  const int size = team::size();
   int64_t next = 0;
   AttentionRun run{&a, &p.tokens, &cache, sinks ? data<float>(*sinks) : nullptr, data<float>(q), data<float>(out), heads * a.key_length,
-                   heads * a.value_length, partials(partial_floats(p.tokens, a)), &next};
-  const int threads = run.partials ? team::size() : int(std::min<int64_t>(team::size(), p.tokens.num_items * a.kv_heads));
+                   heads * a.value_length, partials(partial_floats(p.tokens, a, size)), size, &next};
+  const int threads = run.partials ? size : int(std::min<int64_t>(size, p.tokens.num_items * a.kv_heads));
   team::run(threads, [](void* argument, int index, int count) { kernels().attention(*static_cast<AttentionRun*>(argument), index, count); }, &run);
   return out;
 }
@@ -157,6 +154,7 @@ Buffers make_buffers(const std::vector<const Layer*>& layers, const Tokens& batc
   int64_t acts = 0, gathered = 0, used = 1, experts = 0, planes = 1, shared = 0;
   const auto bytes = [](const Layer& l, const Weight& w) { return w.kernels->dense ? w.k * 4 : l.planes * (w.k + w.k / 32 * 28); };
   b.ldrow = length;
+  b.threads = team::size();
   for (const Layer* l : layers) {
     const AttentionShape& a = l->attention;
     const int64_t entries = l->routing.experts ? l->routing.used : 1;
@@ -168,7 +166,7 @@ Buffers make_buffers(const std::vector<const Layer*>& layers, const Tokens& batc
     acts = std::max(acts, entries * bytes(*l, l->down));
     used = std::max(used, entries);
     planes = std::max<int64_t>(planes, l->planes);
-    shared = std::max(shared, partial_floats(batch, a));
+    shared = std::max(shared, partial_floats(batch, a, b.threads));
     if (!l->routing.experts) continue;
     gathered = std::max({gathered, entries * bytes(*l, l->gate), bytes(*l, l->router)});
     experts = std::max<int64_t>(experts, l->routing.experts);
@@ -181,7 +179,7 @@ Buffers make_buffers(const std::vector<const Layer*>& layers, const Tokens& batc
   b.ffn = Scratch::floats(Scratch::kFfn, rows * used * b.ldffn);
   b.out = Scratch::floats(Scratch::kOut, rows * used * b.ldout);
   b.partials = partials(shared);
-  b.rows = Scratch::floats(Scratch::kRows, team::size() * 2 * b.ldrow);
+  b.rows = Scratch::floats(Scratch::kRows, b.threads * 2 * b.ldrow);
   if (!experts) return b;
   b.ldlogits = (experts + 15) / 16 * 16;
   b.gathered = Scratch::bytes(Scratch::kGathered, tokens * gathered);
@@ -237,7 +235,7 @@ void decoder(std::vector<int64_t> handles, Tensor hidden, Tensor positions, std:
   Buffers buffers = make_buffers(layers, *tokens[0], length);
   buffers.next = next.data();
   DecoderRun run{layers.data(), caches.data(), int64_t(count), tokens.data(), &buffers, data<float>(hidden), length};
-  team::run(team::size(), [](void* argument, int index, int threads) { kernels().decoder(*static_cast<DecoderRun*>(argument), index, threads); }, &run);
+  team::run(buffers.threads, [](void* argument, int index, int threads) { kernels().decoder(*static_cast<DecoderRun*>(argument), index, threads); }, &run);
 }
 
 }  // namespace

@@ -85,13 +85,18 @@ struct Tokens {  // the batch
   const float* temperature;   // (num_tokens,) or null
 };
 
-// Into how many spans of chunks the keys of an item and KV head are cut, so that `threads` get even work.
+// Into how many spans of chunks the keys of an item and KV head are cut, so that `threads` get even work. Those that a run then has
+// may be fewer (team.h); the spans, and the room for their results, stay.
 __attribute__((always_inline)) inline int attention_spans(const Tokens& t, int kv_heads, int threads) {
   const int64_t total = t.num_items * kv_heads;
   if (t.most_rows > kMostRowsApart || t.most_chunks < 2 || total >= 8 * int64_t(threads)) return 1;
   int64_t a = total, b = threads;  // to their greatest common divisor
   while (b) { const int64_t rest = a % b; a = b; b = rest; }
   return a ? int(threads / a) : 1;
+}
+// Floats for the results of chunks, 0 where none are shared out.
+__attribute__((always_inline)) inline int64_t partial_floats(const Tokens& t, const AttentionShape& a, int threads) {
+  return attention_spans(t, a.kv_heads, threads) == 1 ? 0 : t.pairs * a.heads * (a.value_length + kPartialExtra);
 }
 
 struct Job {  // one of several matmuls side by side: acts and y as in `MatmulKernels`, the planes of m rows one after the other
@@ -113,6 +118,7 @@ struct Buffers {  // rows of tokens, or of entries, times planes; row lengths in
   float *qkv, *attn, *ffn, *out, *logits;
   int64_t ldqkv, ldattn, ldffn, ldout, ldlogits;
   float* partials; // attention's chunks where they are shared out: (pairs, heads, value_length + kPartialExtra)
+  int threads;     // for so many they are
   float* rows;     // (threads, 2, ldrow): a row, and what rounding lost of one
   int64_t ldrow;
   Entries entries;
@@ -127,7 +133,8 @@ struct AttentionRun {
   const float *sinks, *q;  // (heads,) or null; (num_tokens, ldq)
   float* y;                // (num_tokens, ldy)
   int64_t ldq, ldy;
-  float* partials;         // see Buffers; null: nothing is shared out
+  float* partials;         // see Buffers
+  int threads;
   int64_t* next;           // items handed out, zero at the start
 };
 

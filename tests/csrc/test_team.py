@@ -15,10 +15,10 @@ CXX = shutil.which("g++") or shutil.which("c++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler on this machine")
 
 
-def _compile(folder: Path, *flags: str) -> Path:
-    program = folder / "team_stress"
-    sources = [str(ROOT / "tests" / "csrc" / "team_stress.cpp"), str(ROOT / "csrc" / "cpu" / "team.cpp")]
-    subprocess.run([str(CXX), "-std=c++20", "-O2", "-pthread", *flags, *sources, "-o", str(program)], check=True)
+def _compile(folder: Path, *flags: str, source: str = "team_stress.cpp", beside: tuple[str, ...] = ()) -> Path:
+    program = folder / Path(source).stem
+    sources = [ROOT / "tests" / "csrc" / source, *(ROOT / "csrc" / "cpu" / name for name in ("team.cpp", *beside))]
+    subprocess.run([str(CXX), "-std=c++20", "-O2", "-pthread", *flags, *map(str, sources), "-o", str(program)], check=True)
     return program
 
 
@@ -44,6 +44,11 @@ def test_a_forked_child_has_a_team_of_its_own(program: Path) -> None:
 @pytest.mark.parametrize("mode", ["width", "late"])
 def test_a_late_thread_is_left_out_until_it_is_not(program: Path, mode: str) -> None:
     _run(program, mode)
+
+
+def test_attention_by_fewer_threads_than_it_was_cut_for(tmp_path: Path) -> None:
+    flags = ("-O0", "-g1", "-Wno-psabi", "-ffp-contract=off", "-fsanitize=address", "-DOLLAMAPY_ISA=base")
+    _run(_compile(tmp_path, *flags, source="narrow_attention.cpp", beside=("isa/decoder.cpp",)))
 
 
 @pytest.mark.slow

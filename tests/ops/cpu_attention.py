@@ -239,6 +239,26 @@ def check_nan_in_a_sequence() -> None:
     assert torch.equal(got[1], whole[1]) and not torch.isfinite(got[0][-1]).any()
 
 
+def check_later_infinities() -> None:
+    """What a row cannot see may be infinite or NaN: later tokens of its own chunk of a prompt, and those before its window."""
+    for dtype in (torch.float32, torch.float16, torch.uint8):
+        for heads, options in (((4, 2), {}), ((4, 1), {"window": 5}), ((9, 1), {}), ((3, 1), {"cap": 2.0})):
+            s = make([300], heads, (32, 96), dtype)
+            whole = s.run([0], [300], [300], scale=0.2, **options)[0]
+            for at, value in ((41, torch.inf), (258, torch.nan), (299, -torch.inf)):
+                batch = make_batch(s.tables, [300], [300], 16)
+                k, v = s.k[0].clone(), s.v[0].clone()
+                v[at] = value
+                cpu_kernels.write_kv(k, v, s.cache, batch.slot_mapping)
+                got = s.run([0], [300], [300], scale=0.2, **options)[0]
+                seen = at + options.get("window", 300)  # type: ignore[operator]
+                assert torch.equal(got[:at], whole[:at]) and torch.equal(got[seen:], whole[seen:]), (dtype, heads, options, at)
+                assert not got[at:seen].isfinite().any()
+                for rows in (1, 3, 7):
+                    alone = s.run([0], [rows], [at], scale=0.2, **options)[0]
+                    assert torch.equal(alone, whole[at - rows : at])
+
+
 def checks() -> list[Any]:
     return [
         check_options,
@@ -248,4 +268,5 @@ def checks() -> list[Any]:
         check_write_kv,
         check_write_q8_0,
         check_nan_in_a_sequence,
+        check_later_infinities,
     ]

@@ -108,6 +108,12 @@ INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int
   for (int r = 0; r < R; r++) for (int v = 0; v < NV; v++) store(out[r] + 16 * (v0 + v), acc[r][v]);
 }
 
+INLINE bool finite(const float* x, int n) {
+  F wrong = splat(0.0f);  // becomes NaN
+  for (int i = 0; i < n; i += 16) wrong = fma(load(x + i), splat(0.0f), wrong);
+  return reduce_add(wrong) == 0.0f;
+}
+
 // Merges the softmax of a chunk (top, sum, part) into a row's.
 INLINE void merge(Running& row, float* y, float top, float sum, const float* part, int n) {
   if (!(top > -__builtin_inff())) return;
@@ -175,18 +181,25 @@ void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, float* const* pa
     if (b + kScoreBlocks <= blocks) scores<C, R, kScoreBlocks>(q, keys + b, a.key_length, out), b += kScoreBlocks;
     else scores<C, R, 1>(q, keys + b, a.key_length, out), b += 1;
   }
-  int first = end - begin, last = 0;
+  int first = end - begin, last = 0, from[R], to[R];
   for (int r = 0; r < R; r++) {
-    const int l = low[r] > begin ? low[r] - begin : 0, g = high[r] < end ? high[r] - begin : end - begin;
-    soften(a, score[r], blocks, l, g, top[r], sum[r]);
-    first = l < first ? l : first;
-    last = g > last ? g : last;
+    from[r] = low[r] > begin ? low[r] - begin : 0;
+    to[r] = high[r] < end ? high[r] - begin : end - begin;
+    soften(a, score[r], blocks, from[r], to[r], top[r], sum[r]);
+    first = from[r] < first ? from[r] : first;
+    last = to[r] > last ? to[r] : last;
   }
   constexpr int kRest = C == kCacheQ8_0 ? 2 : 1;  // a group of q8_0 is two vectors
   const auto next = [&](int b) { reads.ask(blocks + b + 1 + ahead); };
   for (int v = 0; v < a.value_length / 16;) {
     if (v + kValueVectors <= a.value_length / 16) weigh<C, R, kValueVectors>(weight, values, first, last, a.value_length, v, parts, next), v += kValueVectors;
     else weigh<C, R, kRest>(weight, values, first, last, a.value_length, v, parts, next), v += kRest;
+  }
+  if constexpr (R > 1) {  // a weight of 0 times another row's infinity is NaN: what is not finite is done again over the row's own keys
+    for (int r = 0; r < R; r++) {
+      if (finite(parts[r], a.value_length)) continue;
+      for (int v = 0; v < a.value_length / 16; v += kRest) weigh<C, 1, kRest>(weight + r, values, from[r], to[r], a.value_length, v, parts + r, next);
+    }
   }
   reads.ask(reads.count);
   asked = reads.count - 2 * blocks;

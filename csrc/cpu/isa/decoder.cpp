@@ -160,7 +160,7 @@ void attend_item(const AttentionRun& run, const AttendItem& item, int kv_head, c
 void attend(const AttentionRun& run, const Thread& thread) {
   const AttentionShape& a = *run.shape;
   const Tokens& t = *run.tokens;
-  const int spans = run.partials ? attention_spans(t, a.kv_heads, thread.count) : 1, type = run.cache->type;
+  const int spans = attention_spans(t, a.kv_heads, run.threads), type = run.cache->type;
   const int64_t total = t.num_items * a.kv_heads * spans;
   for (int64_t i; (i = __atomic_fetch_add(run.next, 1, __ATOMIC_RELAXED)) < total;) {
     const AttendItem& item = t.items[i / spans / a.kv_heads];
@@ -240,7 +240,7 @@ struct LayerRun {
     multiply(jobs, l.k.kernels ? 3 : 1, b.ldqkv);
     for (int64_t i = begin; i < end; i++) prepare_heads(l, t, cache, b.qkv + i * b.ldqkv, i);
     thread.meet();
-    attend({&a, &t, &cache, l.sinks, b.qkv, b.attn, b.ldqkv, b.ldattn, b.partials, next}, thread);
+    attend({&a, &t, &cache, l.sinks, b.qkv, b.attn, b.ldqkv, b.ldattn, b.partials, b.threads, next}, thread);
     thread.meet();
     for (int64_t i = begin; i < end; i++) record(b.attn + i * b.ldattn, l.o, b.acts, i, t.num_tokens);
     const Job out = job(l.o, b.out);
