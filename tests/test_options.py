@@ -53,6 +53,9 @@ def test_unset_num_ctx_is_automatic() -> None:
         ("use_mmap", 1, "must be of type boolean"),
         ("stop", "x", "must be of type array"),
         ("stop", ["x", 1], "must be of an array of strings"),
+        ("stop", ["x"] * 17, "takes at most 16 texts of at most 1024 characters"),
+        ("stop", ["x" * 1025], "takes at most 16 texts of at most 1024 characters"),
+        ("dry_sequence_breakers", ["x"] * 65, "takes at most 64 texts of at most 1024 characters"),
     ],
 )
 def test_wrong_types(name: str, value: Any, text: str) -> None:

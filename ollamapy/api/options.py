@@ -19,6 +19,8 @@ Kind = Literal["int", "float", "bool", "strings", "text", "speculation"]
 Speculation = Literal["auto", "ngram", "draft", "off"]
 
 MIN_NUM_CTX = 4
+MAX_TEXTS = {"stop": 16, "dry_sequence_breakers": 64}  # each is looked for in every token's text
+MAX_TEXT = 1024  # characters of one
 _INT32, _INT64 = 1 << 31, 1 << 63
 _FLOAT32_MAX = 3.4028234663852886e38
 _TYPE_NAMES = {"int": "integer", "float": "float32", "bool": "boolean", "strings": "array", "text": "string"}
@@ -150,9 +152,11 @@ def coerce(name: str, value: object) -> Any:
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "strings" and isinstance(value, list | tuple):
-        if all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise OptionError(f'option "{name}" must be of an array of strings')
+        if not all(isinstance(item, str) for item in value):
+            raise OptionError(f'option "{name}" must be of an array of strings')
+        if len(value) > MAX_TEXTS[name] or max(map(len, value), default=0) > MAX_TEXT:
+            raise OptionError(f'option "{name}" takes at most {MAX_TEXTS[name]} texts of at most {MAX_TEXT} characters')
+        return tuple(value)
     if kind == "text" and isinstance(value, str):
         return value
     if kind == "speculation":

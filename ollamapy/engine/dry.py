@@ -7,7 +7,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from ollamapy.engine.protocol import SamplingParams
 from ollamapy.engine.sequence import Sequence
 
 LOG_MOST = 88.7228391  # of the largest float32: a power never exceeds it
@@ -21,7 +20,7 @@ def penalties(seq: Sequence) -> dict[int, float]:
     if params.dry_multiplier == 0.0 or params.dry_base < 1.0 or last_n == 0:
         return {}
     recent = np.array(seq.token_ids[-last_n:], dtype=np.int64)
-    limit = _since_breaker(recent, params)
+    limit = _since_breaker(recent, seq)
     if limit < params.dry_allowed_length or len(recent) <= params.dry_allowed_length:
         return {}
     most = int(LOG_MOST / math.log(params.dry_base)) if params.dry_base > 1.000001 else len(recent)
@@ -47,17 +46,20 @@ def repeated(recent: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     return lengths
 
 
-def _since_breaker(recent: NDArray[np.int64], params: SamplingParams) -> int:
+def _since_breaker(recent: NDArray[np.int64], seq: Sequence) -> int:
     """Tokens after the last sequence breaker; all when there is none."""
-    size = len(recent)
+    params, size = seq.params, len(recent)
     since = size
     if params.dry_breakers:
-        single = np.flatnonzero(np.isin(recent, np.array(params.dry_breakers)))
+        if seq.breakers is None:  # up to the whole vocabulary: not to be made anew for each token
+            seq.breakers = np.array(params.dry_breakers, dtype=np.int64)
+        single = np.flatnonzero(np.isin(recent, seq.breakers))
         since = size - 1 - int(single[-1]) if len(single) else size
     for breaker in params.dry_breaker_sequences:
-        length = len(breaker)
-        for start in range(size - length, max(size - since - length, -1), -1):
-            if recent[start : start + length].tolist() == list(breaker):
-                since = min(since, size - start - length)
-                break
+        earliest = max(size - since - len(breaker) + 1, 0)  # one that begins before ends before the last one found
+        starts = earliest + np.flatnonzero(recent[earliest : max(size - len(breaker) + 1, earliest)] == breaker[0])
+        for at, token_id in enumerate(breaker[1:], start=1):
+            starts = starts[recent[starts + at] == token_id]
+        if len(starts):
+            since = size - len(breaker) - int(starts[-1])
     return since

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ollamapy.engine.batch import RowAdapter
@@ -101,6 +103,7 @@ class Sequence:
     first_token_ns: int = 0
     last_token_ns: int = 0
     penalties: PenaltyWindow | None = field(init=False)
+    breakers: NDArray[np.int64] | None = None  # DRY's, as an array once it was needed
     mu: list[float] = field(init=False)  # mirostat's state before each generated token; moved by the sampler
 
     # moved by prompt_logprobs and, when they have been told, by Scheduler

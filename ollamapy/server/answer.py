@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from functools import lru_cache
 from typing import NamedTuple, cast
 
 from ollamapy.api.messages import ToolCall
@@ -56,7 +55,7 @@ class Piece(NamedTuple):
 def sampling(options: Options, tokenizer: Tokenizer, stops: Iterable[str], num_ctx: int) -> SamplingParams:
     """Engine parameters of `options`; stop strings that are one control token become stop ids, as they have no text.
 
-    Raises OptionError.
+    With DRY it may take some tenths of a second (`Tokenizer.holding`). Raises OptionError.
     """
     if options.repeat_penalty <= 0:
         raise OptionError('option "repeat_penalty" must be greater than 0')
@@ -105,13 +104,10 @@ def first_logprob(tokenizer: Tokenizer, id: int) -> Logprob:
     return Logprob(token=raw.decode(errors="replace"), logprob=None, bytes=list(raw))
 
 
-@lru_cache(maxsize=8)
 def breakers(tokenizer: Tokenizer, texts: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Where DRY stops looking back: tokens that hold one of the texts, and the texts that are several tokens."""
-    wanted = [text.encode() for text in texts if text]
-    singles = [id for id in range(tokenizer.vocab_size) if any(text in tokenizer.token_bytes(id) for text in wanted)]
     encoded = [tuple(tokenizer.encode(text)) for text in texts if text]
-    return tuple(singles), tuple(ids for ids in encoded if len(ids) > 1)
+    return tokenizer.holding(texts), tuple(ids for ids in encoded if len(ids) > 1)
 
 
 async def answer(

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from ollamapy.api.decode import decode
 from ollamapy.errors import BadRequest, TooLarge, TooSlow
+from ollamapy.server.record import current
 
 MAX_JSON_BYTES = 32 << 20
 CHUNK_TIMEOUT = 30.0  # seconds without a byte
@@ -27,6 +28,7 @@ async def read(request: Request, type: type[_T]) -> _T:
         body += chunk
         if len(body) > MAX_JSON_BYTES:
             raise TooLarge(f"the request body is larger than {MAX_JSON_BYTES} bytes")
+    current().body_bytes = len(body)
     return decode(body, type)
 
 

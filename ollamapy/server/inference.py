@@ -31,6 +31,8 @@ from ollamapy.server.turn import Turn, run, timestamp
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
+MAX_TEMPLATE = 64 << 10  # characters of a request's own; what is made of it is kept for the next one
+MAX_MESSAGES = 4096
 Line = TypeVar("Line", bound=Reply)
 
 
@@ -82,18 +84,21 @@ class Verbatim(NamedTuple):
 async def generate_lines(
     services: Services, request: GenerateRequest, warnings: list[str], verbatim: Verbatim | None = None
 ) -> AsyncGenerator[GenerateResponse]:
-    conflict = request.raw and bool(request.template or request.system or request.context)
+    conflict = ""
+    if request.raw and bool(request.template or request.system or request.context):
+        conflict = "raw mode does not support template, system, or context"
+    elif len(request.template) > MAX_TEMPLATE:
+        conflict = f"template: more than {MAX_TEMPLATE} characters"
     turn = Turn(
         empty=not (request.prompt or (verbatim is not None and verbatim.ids)),
         needs=_generate_needs(request),
-        size=len(request.prompt) + len(request.suffix) + len(request.context),
         prompt=lambda model, format, think, tokenizer, room: _generate_prompt(
             request, model, format, think, tokenizer, room, verbatim
         ),
         template=request.template,
         raw=request.raw or verbatim is not None,
         echo=verbatim is not None and verbatim.echo,
-        conflict="raw mode does not support template, system, or context" if conflict else "",
+        conflict=conflict,
         unsupported="images" if request.images else "",
     )
     async with aclosing(run(services, request, turn, warnings)) as pieces:
@@ -119,10 +124,10 @@ async def chat_lines(services: Services, request: ChatRequest, warnings: list[st
     turn = Turn(
         empty=not request.messages,
         needs=needs,
-        size=sum(len(message.content or "") for message in request.messages),
         prompt=lambda model, format, think, tokenizer, room: chat_prompt(
             conversation(model, request.messages), format, think, tokenizer, room, tools=tools.tools if tools else ()
         ),
+        conflict=f"messages: more than {MAX_MESSAGES}" if len(request.messages) > MAX_MESSAGES else "",
         unsupported="images" if any(message.images for message in request.messages) else "",
         tools=tools,
     )

@@ -80,6 +80,7 @@ class Record:
     id: str = field(default_factory=lambda: f"req-{secrets.token_hex(8)}")
     start: int = field(default_factory=time.monotonic_ns)
     status: int = 0
+    body_bytes: int = 0  # of JSON: no text or list of the request is longer
     model: str = ""
     finish: str = ""  # stop, length, repeat, abort, error; "" where nothing was generated
     prompt_tokens: int = 0

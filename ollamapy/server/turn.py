@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -31,8 +31,9 @@ from ollamapy.server.tools import ToolUse
 from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
+T = TypeVar("T")
 _MORE: dict[str, Any] = {"done": False}
-_INLINE_CHARS = 4096  # a longer prompt is rendered and encoded in a thread
+_INLINE_BYTES = 8192  # the prompt of a longer request is rendered and encoded in a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,11 @@ class Turn:
     `empty`: nothing is asked, the model is only loaded or unloaded. `needs`: capability -> error text when it is missing.
     `conflict`: what is wrong with the request itself. `unsupported`: a feature it asks for that is not built yet.
     `echo`: the first piece is the prompt.
-    `size`: characters of the prompt, about. `prompt` makes the prompt; without a parser the text is passed as it is.
+    `prompt` makes the prompt; without a parser the text is passed as it is.
     """
 
     empty: bool
     needs: dict[str, str]
-    size: int
     prompt: Callable[[LocalModel, ChatFormat, Think, Tokenizer, Room], Prompt]
     template: str = ""
     raw: bool = False
@@ -100,12 +100,14 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
             return
         if options.num_ctx > loaded.max_context:
             warnings.append(f"num_ctx: {options.num_ctx} is more than this model has here: {loaded.max_context} is used")
-        chat = services.format(loaded, turn.template)
+        # a template of the request's own is a program that may run for a second
+        slow = bool(turn.template) or record.body_bytes + _own_chars(model) > _INLINE_BYTES
+        chat = await _in_thread_if(slow, services.format, loaded, turn.template)
         style = chat.call_style
         if turn.tools and style is None:
             raise BadRequest(f"tools: the way in which {request.model} writes calls is not supported")
         room = _room(options, request, loaded)
-        prompt = await _in_thread_if(turn.size > _INLINE_CHARS, turn.prompt, model, chat, think, loaded.tokenizer, room)
+        prompt = await _in_thread_if(slow, turn.prompt, model, chat, think, loaded.tokenizer, room)
         if prompt.num_cut:
             record.cut_tokens = prompt.num_cut
             warnings.append(f"the prompt was truncated: {prompt.num_cut} of its {prompt.total} tokens were cut")
@@ -122,7 +124,8 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
             elif not grammar:
                 grammar, trigger = await turn.tools.sleeping(style, parser, loaded.tokenizer, services.formats, warnings)
             parser = turn.tools.parser(style, parser)
-        params = msgspec.structs.replace(_params(loaded, options, request, stops, grammar), trigger=trigger)
+        params = await _in_thread_if(bool(options.dry_multiplier), _params, loaded, options, request, stops, grammar)
+        params = msgspec.structs.replace(params, trigger=trigger)
         if turn.echo:
             first = (first_logprob(loaded.tokenizer, prompt.ids[0]),) if params.logprobs >= 0 and prompt.ids else ()
             yield Said(Piece(prompt.text, prompt_logprobs=first), _MORE, [])
@@ -185,11 +188,12 @@ def _num_ctx(options: Options, loaded: LoadedModel[LocalModel]) -> int:
     return min(options.num_ctx or loaded.context_length, loaded.max_context)
 
 
-async def _in_thread_if(
-    long: bool,
-    make: Callable[[LocalModel, ChatFormat, Think, Tokenizer, Room], Prompt],
-    *arguments: Any,
-) -> Prompt:
+def _own_chars(model: LocalModel) -> int:
+    """Of what the model puts before each conversation."""
+    return len(model.system) + sum(len(message.content or "") for message in model.messages)
+
+
+async def _in_thread_if(long: bool, make: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.to_thread(make, *arguments) if long else make(*arguments)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from ollamapy.tokenizer.library import ids_of
 from ollamapy.tokenizer.merge import SPACE, Merger, piece_pattern
 from ollamapy.tokenizer.pretokenize import Pretokenizer
 from ollamapy.tokenizer.vocabulary import TokenType, Vocabulary, wrong
@@ -49,8 +50,7 @@ class ByteLevelBPE:
 
     def encode(self, text: str, at_start: bool) -> list[int]:
         """Ids of a stretch of text without special tokens. Spaces are part of words here, so `at_start` changes nothing."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return ids_of(self._tokenizer, text)
 
 
 def _checked_bpe(vocabulary: Vocabulary, merges: list[Any], ignore_merges: bool) -> Any:

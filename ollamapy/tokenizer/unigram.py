@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ollamapy.tokenizer.charsmap import CharsMap
+from ollamapy.tokenizer.library import ids_of
 from ollamapy.tokenizer.merge import SPACE
 from ollamapy.tokenizer.vocabulary import TokenType, Vocabulary, wrong
 
@@ -43,7 +44,7 @@ class Unigram:
     def encode(self, text: str, at_start: bool) -> list[int]:
         """Ids of a stretch of text without special tokens. Every stretch gets its own leading space."""
         text = self._spaced(text if self._charsmap is None else self._charsmap.normalize(text))
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        ids = ids_of(self._tokenizer, text) if text else []
         return [id for n, id in enumerate(ids) if id != self._unk_id or n == 0 or ids[n - 1] != id]
 
     def _spaced(self, text: str) -> str:

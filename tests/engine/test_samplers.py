@@ -125,6 +125,26 @@ def test_dry_breakers() -> None:
     assert dry_changes(tokens, dry_breaker_sequences=((2, 3),)) == {}
 
 
+def test_where_the_last_breaker_ends() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(300):
+        tokens = rng.integers(0, 4, size=int(rng.integers(1, 30))).tolist()
+        singles = tuple(rng.integers(0, 8, size=int(rng.integers(0, 2))).tolist())
+        several = tuple(tuple(rng.integers(0, 4, size=size).tolist()) for size in rng.integers(2, 5, size=3))
+        seq = sequence(tokens, dry_breakers=singles, dry_breaker_sequences=several)
+        ends = [at + 1 for at, token in enumerate(tokens) if token in singles]
+        ends += [at for at in range(len(tokens) + 1) for own in several if tuple(tokens[:at][-len(own) :]) == own]
+        assert dry._since_breaker(np.array(tokens), seq) == len(tokens) - max(ends, default=0)
+
+
+def test_breakers_become_an_array_once() -> None:
+    seq = sequence([1, 2, 3], dry_multiplier=0.8, dry_breakers=(5, 7))
+    dry.penalties(seq)
+    kept = seq.breakers
+    dry.penalties(seq)
+    assert kept is not None and seq.breakers is kept and all(row.breakers is kept for row in seq.rows(0))
+
+
 def test_dry_of_a_long_repetition_is_bounded() -> None:
     changes = dry_changes([1, 2, 3] * 1000)
     assert changes == {1: pytest.approx(-0.8 * 1.75 ** int(dry.LOG_MOST / math.log(1.75)))}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -159,3 +161,21 @@ def test_sampling(tokenizer: Tokenizer) -> None:
     assert set(params.stop_ids) >= {tokenizer.eos_id, *tokenizer.encode("<|im_start|>")}
     assert sampling(Options(num_predict=5000), tokenizer, (), 100).max_tokens == 1000
     assert sampling(Options(num_predict=7), tokenizer, (), 100).max_tokens == 7
+
+
+def test_breakers_are_found_and_do_not_keep_their_tokenizer(smollm2_path: Path) -> None:
+    with GGUFFile.open(smollm2_path) as file:
+        own = Tokenizer.from_gguf(file.metadata)
+    options = Options(dry_multiplier=1.0, dry_sequence_breakers=("\n", "", "two words"))
+    params = sampling(options, own, (), 64)
+    newlines = {id for id in range(own.vocab_size) if b"\n" in own.token_bytes(id)}
+    assert newlines and set(params.dry_breakers) == newlines | set(own.holding(("two words",)))
+    assert params.dry_breaker_sequences == (tuple(own.encode("two words")),)
+    assert own.holding(options.dry_sequence_breakers) is own.holding(options.dry_sequence_breakers)
+    for number in range(20):
+        own.holding((f"{number}",))
+    assert len(own._holding) == 8
+    gone = weakref.ref(own)
+    del own
+    gc.collect()
+    assert gone() is None
