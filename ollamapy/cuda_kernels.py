@@ -23,11 +23,17 @@ from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation
 from ollamapy.triton_kernels import tuning
-from ollamapy.triton_kernels.layout import FORMS, GROUP, Planes, pack
+from ollamapy.triton_kernels.forms import GROUP
+from ollamapy.triton_kernels.layout import Planes, pack
 
 MATVEC, MMA = 0, 1  # `Path` of csrc/cuda/args.h
 MATVEC_MOST = 8  # rows that the matvec kernel takes
 LONGEST_HEAD = 256  # of the rope kernel
+TYPES = frozenset(
+    GGMLType[name]
+    for name in "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()  # noqa: SIM905
+)
+"""What csrc/cuda/forms.h lists; Triton's kernels serve the others."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,7 +62,7 @@ class Int8Rows:
 
 def objection(type: GGMLType) -> str:
     """Why the matmuls cannot take a type of weight; "" when they can."""
-    return "" if type in FORMS else f"no int8 kernel for {type.name}"
+    return "" if type in TYPES else f"no int8 kernel for {type.name}"
 
 
 def quantize(x: Tensor, up: Tensor | None = None, kind: Activation = "silu") -> Int8Rows:
@@ -175,7 +181,7 @@ class Int8:
 
 
 def takes(weight: Planes) -> bool:
-    return weight.type in FORMS
+    return weight.type in TYPES
 
 
 def turns(cache: KVCache) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ollamapy.triton_kernels.layout import Form, Planes, Scale
+from ollamapy.triton_kernels.forms import Form, Scale
+from ollamapy.triton_kernels.layout import Planes
 
 NO_MIN, ADDED_MIN, SCALED_MIN = 0, 1, 2  # none; + m; - m times a sub-min (K-quants)
 
@@ -80,6 +81,10 @@ def codes(
         both = tl.load(low + at[:, :, None] * 16 + j).to(tl.int32)
         first = both & 15
         second = both >> 4
+    elif LOW == 1:
+        bits = tl.load(low + at)[:, :, None]
+        first = (bits >> j) & 1
+        second = (bits >> (j + 16)) & 1
     else:
         first = (tl.load(low + at * 2)[:, :, None] >> (2 * j)) & 3
         second = (tl.load(low + at * 2 + 1)[:, :, None] >> (2 * j)) & 3
@@ -126,6 +131,14 @@ def _six_bits(scales, row, group, groups, SCALE: tl.constexpr):
 
 
 @triton.jit
+def _ue4m3(scales, at):
+    """The scale bytes `at`, halved: as float16 their bits are 256 times smaller. 127 means zero; the sign is not looked at."""
+    byte = tl.load(scales + at).to(tl.int16)
+    bits = tl.where(byte == 127, 0, (byte & 127) << 7).to(tl.int16)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32) * 128.0
+
+
+@triton.jit
 def group_scales(scales, d, m, row, group, groups, SCALE: tl.constexpr, SCALE_OFFSET: tl.constexpr, MIN: tl.constexpr):
     """Scales of both halves and what is added to both (the min of each half), four (R, G) float32."""
     at = row * groups + group
@@ -137,6 +150,12 @@ def group_scales(scales, d, m, row, group, groups, SCALE: tl.constexpr, SCALE_OF
             byte = tl.load(d + at).to(tl.int32)  # 2^(byte - 128); bytes 0 and 1 are subnormal in float32
             bits = tl.where(byte < 2, (1 << 21) << byte, (byte - 1) << 23)
             first = bits.to(tl.float32, bitcast=True)
+        second = first
+    elif SCALE == 6:
+        first = _ue4m3(scales, at * 2)
+        second = _ue4m3(scales, at * 2 + 1)
+    elif SCALE > 6:
+        first = tl.load(d + (at >> (SCALE - 6))).to(tl.float32)
         second = first
     else:
         step = tl.load(d + row * (groups // 8) + group // 8).to(tl.float32)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.triton_kernels import decode
-from ollamapy.triton_kernels.layout import GROUP, Planes, pack
+from ollamapy.triton_kernels.forms import GROUP
+from ollamapy.triton_kernels.layout import Planes, pack
 
 TILE_ROWS, TILE_GROUPS = 4, 64
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ollamapy.triton_kernels import decode, tuning
-from ollamapy.triton_kernels.layout import GROUP, Planes
+from ollamapy.triton_kernels.forms import GROUP
+from ollamapy.triton_kernels.layout import Planes
 from ollamapy.triton_kernels.norm import Quantized
 
 

@@ -2,99 +2,33 @@
 
 A GGUF block mixes codes, scales and steps in 17 to 210 bytes, so its fields start at odd addresses. Here every field of a
 tensor is a plane of its own: codes (low bits and high bits apart), group scales, steps. Packing permutes bits and adds none:
-`unpack` gives the file's bytes back, and planes are as large as the tensor was.
+`unpack` gives the file's bytes back, and planes are as large as the tensor was. But for the types whose codes are places in a
+grid, or digits of base three (`quant.forms.RECODED`): these are written anew first, with the same values and 2 to 4 bits each.
 
 The unit is a group of 32 consecutive weights of a row, seen as two halves of 16. Planes per group:
 - low, 4 bits: 16 bytes, byte j holds weight j in its low and weight j + 16 in its high nibble
 - low, 8 bits: 32 bytes; low or high, 2 bits: two int32, weight j of each half at bits 2j
-- high, 1 bit: one int32, weight j at bit j
+- low or high, 1 bit: one int32, weight j at bit j
 - scales: see `Scale`; a row's second kind of scale byte follows all of the first kind
-- d and m: float16 (or the E8M0 byte), one per block
+- d and m: float16 (float32 of what was written anew, or the E8M0 byte), one per block
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ollamapy.gguf.types import TYPES, GGMLType
-from ollamapy.quant.legacy import FP4_VALUES, IQ4_VALUES
+from ollamapy.quant.bits import fields, join_fields
+from ollamapy.quant.coded import recoded
+from ollamapy.quant.forms import RECODED
 from ollamapy.quant.tensor import QuantTensor
+from ollamapy.triton_kernels.forms import FORMS, GROUP, Field, Form, Scale
 
-GROUP = 32
 CHUNK_WEIGHTS = 1 << 25  # packed at a time: codes are one byte each on the way, 32 MiB
-
-
-class Scale(IntEnum):
-    """How the scale of a group, or of its two halves, is stored."""
-
-    STEP = 0  # d alone, one per group
-    E8M0 = 1  # d is a power of two as a byte, one per group
-    PAIRS = 2  # two 6-bit numbers per group: low nibbles in a byte, then the high bits of two groups in a byte
-    BYTES = 3  # two int8 per group, one for each half
-    NIBBLES = 4  # two bytes per group, one for each half: scale in the low nibble, min in the high nibble
-    SIXES = 5  # one 6-bit number per group: low nibbles of two groups in a byte, then the high bits of four in a byte
-
-
-class Field(NamedTuple):
-    """Where a block keeps a code's bits: from byte `start`, runs of `width` bytes; a run's lowest bit fields come first."""
-
-    start: int
-    runs: int
-    width: int
-    bits: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.runs * self.width
-
-
-class Form(NamedTuple):
-    """A quantization type as the kernels see it; what is not of the layout is a parameter of the kernel templates."""
-
-    low: Field
-    high: Field | None
-    scale: Scale
-    d: int  # byte of the block's step
-    m: int | None = None  # byte of its min (legacy types) or of the step of its mins (K-quants)
-    scales: tuple[int, int] = (0, 0)  # bytes of the block's packed scales
-    offset: int = 0  # subtracted from a code
-    scale_offset: int = 0  # subtracted from a 6-bit scale
-    table: tuple[int, int, int, int] = (0, 0, 0, 0)  # 16 int8 values of the codes, as four int32; zeros: a code is its value
-
-    @property
-    def two_scales(self) -> bool:
-        """Whether the halves of a group have scales of their own."""
-        return self.scale in (Scale.BYTES, Scale.NIBBLES) or (self.scale is Scale.PAIRS and self.m is None)
-
-
-def _table(values: tuple[int, ...]) -> tuple[int, int, int, int]:
-    words = [int.from_bytes(bytes(v & 255 for v in values[i : i + 4]), "little", signed=True) for i in (0, 4, 8, 12)]
-    return words[0], words[1], words[2], words[3]
-
-
-FORMS: dict[GGMLType, Form] = {
-    GGMLType.Q4_0: Form(Field(2, 1, 16, 4), None, Scale.STEP, d=0, offset=8),
-    GGMLType.Q4_1: Form(Field(4, 1, 16, 4), None, Scale.STEP, d=0, m=2),
-    GGMLType.Q5_0: Form(Field(6, 1, 16, 4), Field(2, 4, 1, 1), Scale.STEP, d=0, offset=16),
-    GGMLType.Q5_1: Form(Field(8, 1, 16, 4), Field(4, 4, 1, 1), Scale.STEP, d=0, m=2),
-    GGMLType.Q8_0: Form(Field(2, 1, 32, 8), None, Scale.STEP, d=0),
-    GGMLType.Q2_K: Form(Field(16, 2, 32, 2), None, Scale.NIBBLES, d=80, m=82, scales=(0, 16)),
-    GGMLType.Q3_K: Form(
-        Field(32, 2, 32, 2), Field(0, 1, 32, 1), Scale.PAIRS, d=108, scales=(96, 108), offset=4, scale_offset=32
-    ),
-    GGMLType.Q4_K: Form(Field(16, 4, 32, 4), None, Scale.PAIRS, d=0, m=2, scales=(4, 16)),
-    GGMLType.Q5_K: Form(Field(48, 4, 32, 4), Field(16, 1, 32, 1), Scale.PAIRS, d=0, m=2, scales=(4, 16)),
-    GGMLType.Q6_K: Form(Field(0, 2, 64, 4), Field(128, 2, 32, 2), Scale.BYTES, d=208, scales=(192, 208), offset=32),
-    GGMLType.IQ4_NL: Form(Field(2, 1, 16, 4), None, Scale.STEP, d=0, table=_table(IQ4_VALUES)),
-    GGMLType.IQ4_XS: Form(Field(8, 8, 16, 4), None, Scale.SIXES, d=0, scales=(2, 8), scale_offset=32, table=_table(IQ4_VALUES)),
-    GGMLType.MXFP4: Form(Field(1, 1, 16, 4), None, Scale.E8M0, d=0, table=_table(FP4_VALUES)),
-}
 DENSE = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
@@ -104,10 +38,10 @@ class Planes:
 
     type: GGMLType  # as the file has it
     shape: tuple[int, ...]
-    low: Tensor  # uint8, or int32 (2-bit codes), or the dense values (R, K)
+    low: Tensor  # uint8, or int32 (1- and 2-bit codes), or the dense values (R, K)
     high: Tensor | None = None  # int32
     scales: Tensor | None = None  # uint8
-    d: Tensor | None = None  # float16, or uint8 (E8M0)
+    d: Tensor | None = None  # float16, float32, or uint8 (E8M0)
     m: Tensor | None = None  # float16
     precise: bool = False  # multiplied in float32 by activations of float32, at any number of rows
 
@@ -131,26 +65,6 @@ class Planes:
         return self.low.shape[0]
 
 
-def _fields(data: Tensor, field: Field) -> Tensor:
-    """(n, runs * width) bytes -> (n, codes) one byte each, in the order of the weights."""
-    if field.bits == 8:
-        return data
-    shifts = torch.arange(0, 8, field.bits, dtype=torch.uint8, device=data.device).view(1, 1, -1, 1)
-    runs = data.view(data.shape[0], -1, 1, field.width)
-    return (runs >> shifts).bitwise_and_((1 << field.bits) - 1).view(data.shape[0], -1)
-
-
-def _bytes(codes: Tensor, bits: int, width: int) -> Tensor:
-    """The inverse of `_fields`."""
-    if bits == 8:
-        return codes
-    parts = codes.view(codes.shape[0], -1, 8 // bits, width)
-    packed = parts[:, :, 0].clone()
-    for place in range(1, 8 // bits):
-        packed |= parts[:, :, place] << (place * bits)
-    return packed.view(codes.shape[0], -1)
-
-
 def _plane_width(bits: int) -> int:
     return GROUP // 2 if bits == 4 else 1
 
@@ -161,8 +75,8 @@ def _to_pairs(packed: Tensor, of_mins: bool) -> Tensor:
         scale, minimum, both = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
         scales = torch.cat([scale & 63, (both & 15) | (scale >> 2 & 48)], dim=1)
         return torch.stack([scales, torch.cat([minimum & 63, (both >> 4) | (minimum >> 2 & 48)], dim=1)], dim=2)
-    low = _fields(packed[:, :8].contiguous(), Field(0, 1, 8, 4))
-    high = _fields(packed[:, 8:].contiguous(), Field(0, 1, 4, 2))
+    low = fields(packed[:, :8].contiguous(), 4, 8)
+    high = fields(packed[:, 8:].contiguous(), 2, 4)
     return (low | high << 4).view(-1, 8, 2)
 
 
@@ -173,7 +87,7 @@ def _from_pairs(pairs: Tensor, of_mins: bool) -> Tensor:
         tops = [first[:, :4] | (first[:, 4:] >> 4 << 6) for first in (scales, minima)]
         return torch.cat([*tops, (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4], dim=1)
     flat = pairs.reshape(-1, 16)
-    return torch.cat([_bytes(flat & 15, 4, 8), _bytes(flat >> 4, 2, 4)], dim=1)
+    return torch.cat([join_fields(flat & 15, 4, 8), join_fields(flat >> 4, 2, 4)], dim=1)
 
 
 def _pack_scales(packed: Tensor, form: Form, rows: int) -> Tensor:
@@ -182,7 +96,7 @@ def _pack_scales(packed: Tensor, form: Form, rows: int) -> Tensor:
         pairs = _to_pairs(packed, form.m is not None)
         low = (pairs[..., 0] & 15) | (pairs[..., 1] & 15) << 4
         high = (pairs[..., 0] >> 4) | (pairs[..., 1] >> 4) << 2
-        return torch.cat([low.reshape(rows, -1), _bytes(high.reshape(rows, -1), 4, 1)], dim=1)
+        return torch.cat([low.reshape(rows, -1), join_fields(high.reshape(rows, -1), 4, 1)], dim=1)
     if form.scale is Scale.SIXES:
         return torch.cat([packed[:, 2:].reshape(rows, -1), packed[:, :2].reshape(rows, -1)], dim=1)
     return packed.reshape(rows, -1)
@@ -193,13 +107,18 @@ def _unpack_scales(plane: Tensor, form: Form, blocks: int) -> Tensor:
     if form.scale is Scale.PAIRS:
         split = plane.shape[1] // 3 * 2
         low = plane[:, :split].reshape(blocks, 8)
-        high = _fields(plane[:, split:].contiguous(), Field(0, 1, 1, 4)).view(blocks, 8)
+        high = fields(plane[:, split:].contiguous(), 4, 1).view(blocks, 8)
         first, second = (low & 15) | (high & 3) << 4, (low >> 4) | (high >> 2) << 4
         return _from_pairs(torch.stack([first, second], dim=2), form.m is not None)
     if form.scale is Scale.SIXES:
         split = plane.shape[1] // 3 * 2
         return torch.cat([plane[:, split:].reshape(blocks, 2), plane[:, :split].reshape(blocks, 4)], dim=1)
     return plane.reshape(blocks, -1)
+
+
+def _codes(blocks: Tensor, field: Field) -> Tensor:
+    """One byte each, in the order of the weights."""
+    return fields(blocks[:, field.start : field.stop].contiguous(), field.bits, field.width)
 
 
 def _steps(blocks: Tensor, at: int, rows: int, dtype: torch.dtype) -> Tensor:
@@ -209,21 +128,22 @@ def _steps(blocks: Tensor, at: int, rows: int, dtype: torch.dtype) -> Tensor:
 def _pack_rows(data: Tensor, type: GGMLType, columns: int) -> Planes:
     form, rows = FORMS[type], data.shape[0]
     blocks = data.reshape(-1, TYPES[type].type_size)
+    if type in RECODED:
+        blocks = recoded(blocks, type)
 
     def plane(codes: Tensor, bits: int) -> Tensor:
-        packed = _bytes(codes.view(rows, columns), bits, _plane_width(bits)).contiguous()
+        packed = join_fields(codes.view(rows, columns), bits, _plane_width(bits)).contiguous()
         return packed if bits >= 4 else packed.view(torch.int32)
 
     low, high = form.low, form.high
     first, last = form.scales
-    step = torch.uint8 if form.scale is Scale.E8M0 else torch.float16
     return Planes(
         type,
         (rows, columns),
-        low=plane(_fields(blocks[:, low.start : low.stop].contiguous(), low), low.bits),
-        high=plane(_fields(blocks[:, high.start : high.stop].contiguous(), high), high.bits) if high else None,
+        low=plane(_codes(blocks, low), low.bits),
+        high=plane(_codes(blocks, high), high.bits) if high else None,
         scales=_pack_scales(blocks[:, first:last], form, rows).contiguous() if last else None,
-        d=_steps(blocks, form.d, rows, step),
+        d=None if form.d is None else _steps(blocks, form.d, rows, form.step),
         m=None if form.m is None else _steps(blocks, form.m, rows, torch.float16),
     )
 
@@ -235,7 +155,7 @@ def _in_chunks(rows: int, columns: int, work: Callable[[int, int], None]) -> Non
 
 
 def pack(weight: QuantTensor) -> Planes:
-    """The planes of a tensor, on its device. Types without a form become dense: float types as they are, others bfloat16."""
+    """The planes of a tensor, on its device. Float types are dense: as they are, F64 as bfloat16."""
     columns = weight.shape[-1]
     data = weight.data.reshape(-1, weight.data.shape[-1])
     if weight.type not in FORMS:
@@ -267,8 +187,8 @@ def _unpack_rows(planes: Planes, start: int, stop: int, blocks: Tensor) -> None:
 
     def put(plane: Tensor, field: Field) -> None:
         raw = plane[start:stop].contiguous().view(torch.uint8)
-        codes = _fields(raw, Field(0, 1, _plane_width(field.bits), field.bits)).view(-1, per_block)
-        blocks[:, field.start : field.stop] = _bytes(codes, field.bits, field.width)
+        codes = fields(raw, field.bits, _plane_width(field.bits)).view(-1, per_block)
+        blocks[:, field.start : field.stop] = join_fields(codes, field.bits, field.width)
 
     put(planes.low, form.low)
     if planes.high is not None and form.high is not None:
@@ -282,10 +202,10 @@ def _unpack_rows(planes: Planes, start: int, stop: int, blocks: Tensor) -> None:
 
 
 def unpack(planes: Planes) -> QuantTensor:
-    """The file's bytes again, bit for bit. Only for what `pack` did not decode."""
+    """The file's bytes again, bit for bit. Only for what `pack` did not write anew."""
     if planes.type in DENSE:
         return QuantTensor(planes.low.view(*planes.shape).view(torch.uint8), planes.type, planes.shape)
-    assert planes.type in FORMS, f"{planes.type.name} was decoded when it was packed"
+    assert planes.type in FORMS and planes.type not in RECODED, f"{planes.type.name} has other bits than the file"
     info, columns = TYPES[planes.type], planes.shape[-1]
     data = torch.empty(planes.rows, columns // info.block_size, info.type_size, dtype=torch.uint8, device=planes.low.device)
     _in_chunks(

@@ -19,7 +19,8 @@ from ollamapy.reference import Activation
 from ollamapy.triton_kernels import decode, int8, norm, tuning
 from ollamapy.triton_kernels.activation import gated_activation
 from ollamapy.triton_kernels.embedding import dequantize
-from ollamapy.triton_kernels.layout import GROUP, Planes, pack
+from ollamapy.triton_kernels.forms import GROUP
+from ollamapy.triton_kernels.layout import Planes, pack
 from ollamapy.triton_kernels.matmul import end_kernel, matmul_kernel, matvec_kernel
 
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -18,7 +18,8 @@ from torch import Tensor
 from ollamapy.reference import Activation, Routing
 from ollamapy.triton_kernels import decode, tuning
 from ollamapy.triton_kernels.activation import gated_activation
-from ollamapy.triton_kernels.layout import GROUP, Planes
+from ollamapy.triton_kernels.forms import GROUP
+from ollamapy.triton_kernels.layout import Planes
 from ollamapy.triton_kernels.linear import DOT_TYPES, matvec
 from ollamapy.triton_kernels.matmul import matmul_kernel
 from ollamapy.triton_kernels.tuning import Tile

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ollamapy.triton_kernels.layout import GROUP
+from ollamapy.triton_kernels.forms import GROUP
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from ollamapy.errors import GGUFError, NotFound
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile, TensorInfo
 from ollamapy.models.config import ModelConfig
-from ollamapy.quant.forms import CODED, packed_nbytes
+from ollamapy.quant.forms import CODED, packed_nbytes, planes_nbytes
 
 RANK_STEP = 32  # as `models.adapter` has it
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -53,7 +53,7 @@ def weight_bytes(tensors: Mapping[str, TensorInfo], packed_on: Sequence[str], se
     """Device kind -> bytes that the weights take there once loaded.
 
     Kernels named in `packed_on` keep matrices as the file has them, but for some types, and an embedding that is the head too
-    once; the reference makes matrices float32, and the head of such a model is a second copy.
+    once (the CPU's not one of those types); the reference makes matrices float32, the head of such a model being a second copy.
     """
     packs = () if settings.kernels == "reference" else packed_on
     layers = 1 + max((int(found[1]) for name in tensors if (found := _LAYER.match(name))), default=-1)
@@ -82,8 +82,9 @@ def _weight_bytes(tensors: Mapping[str, TensorInfo], num_layers: int, packs: str
         size = _matrix_bytes(tensor, packs)
         if name == "token_embd.weight":
             tied = "output.weight" not in tensors
-            once = packs and tensor.type not in CODED
-            size = (size if once else size + tensor.nbytes) if tied else tensor.nbytes
+            once = packs and (packs == "cuda" or tensor.type not in CODED)
+            rows = size if packs == "cuda" else tensor.nbytes  # elsewhere they are read from the file
+            size = (size if once else size + rows) if tied else rows
         if found := _LAYER.match(name):
             layers[int(found[1])] += size
         else:
@@ -97,4 +98,4 @@ def _matrix_bytes(tensor: TensorInfo, packs: str) -> int:
         return 4 * math.prod(tensor.shape)
     if packs == "cpu":
         return packed_nbytes(tensor.type, tensor.shape)
-    return 2 * math.prod(tensor.shape) if tensor.type in CODED else tensor.nbytes
+    return planes_nbytes(tensor.type, tensor.shape)

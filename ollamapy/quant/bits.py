@@ -65,3 +65,23 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     """`table[index]` with the table on the index's device; index of any integer type and shape."""
     rows = torch.index_select(table.to(index.device), 0, index.reshape(-1).int())
     return rows.view(*index.shape, *table.shape[1:])
+
+
+def fields(data: Tensor, bits: int, width: int) -> Tensor:
+    """(n, runs of `width` bytes) -> (n, codes of `bits` bits) one byte each: a run's lowest bits first."""
+    if bits == 8:
+        return data
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).view(1, 1, -1, 1)
+    runs = data.view(data.shape[0], -1, 1, width)
+    return (runs >> shifts).bitwise_and_((1 << bits) - 1).view(data.shape[0], -1)
+
+
+def join_fields(codes: Tensor, bits: int, width: int) -> Tensor:
+    """The inverse of `fields`."""
+    if bits == 8:
+        return codes
+    parts = codes.view(codes.shape[0], -1, 8 // bits, width)
+    packed = parts[:, :, 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= parts[:, :, place] << (place * bits)
+    return packed.view(codes.shape[0], -1)

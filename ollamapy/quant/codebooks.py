@@ -1,7 +1,7 @@
 """Decoders of the formats whose groups of weights are entries of a codebook: IQ1_S, IQ1_M, IQ2_*, IQ3_*.
 
-`blocks` (n, type_size) uint8 -> values (n, 256) int8 and the float32 scales (n, S) of equal runs of them; a weight is its value
-times its scale, bit for bit as gguf-py.
+`blocks` (n, type_size) uint8 -> values (n, 256) int8, the whole scales (n, S) of equal runs of them, uint8 up to 31, and the
+float32 step (n, 1) of these; a weight is value x scale x step, bit for bit as gguf-py: in every order products are exact.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ollamapy.quant.bits import half, look_up
 from ollamapy.quant.grids import GRIDS
-from ollamapy.quant.legacy import Scaled
+
+Stepped = tuple[Tensor, Tensor, Tensor]
 
 IQ1_DELTA = 0.125  # added to a grid's value or taken from it: values are eighths
 
@@ -40,36 +41,40 @@ def _signed(grid: Tensor, signs: Tensor) -> Tensor:
     return (grid.view(-1, 8) * signs.view(-1, 8)).view(-1, 256)
 
 
-def iq2_xxs(blocks: Tensor) -> Scaled:
+def _odd(numbers: Tensor) -> Tensor:
+    """2 s + 1."""
+    return (numbers * 2 + 1).to(torch.uint8)
+
+
+def iq2_xxs(blocks: Tensor) -> Stepped:
     pairs = _longs(blocks, 2, 66).view(-1, 8, 2)
-    scale = half(blocks, 0) * ((pairs[..., 1] >> 28).float() + 0.5) * 0.25
     grid = look_up(GRIDS["iq2_xxs"], _fields(pairs[..., 0], 8, 0, 8, 16, 24))
-    return _signed(grid, look_up(_EVEN_SIGNS, _fields(pairs[..., 1], 7, 0, 7, 14, 21))), scale
+    signs = look_up(_EVEN_SIGNS, _fields(pairs[..., 1], 7, 0, 7, 14, 21))
+    return _signed(grid, signs), _odd(pairs[..., 1] >> 28), half(blocks, 0) * 0.125
 
 
-def iq2_xs(blocks: Tensor) -> Scaled:
+def iq2_xs(blocks: Tensor) -> Stepped:
     codes = _shorts(blocks, 2, 66)
-    scale = half(blocks, 0) * (_fields(blocks[:, 66:74], 4, 0, 4).float() + 0.5) * 0.25
-    return _signed(look_up(GRIDS["iq2_xs"], codes & 511), look_up(_EVEN_SIGNS, codes >> 9)), scale
+    values = _signed(look_up(GRIDS["iq2_xs"], codes & 511), look_up(_EVEN_SIGNS, codes >> 9))
+    return values, _odd(_fields(blocks[:, 66:74], 4, 0, 4)), half(blocks, 0) * 0.125
 
 
-def iq2_s(blocks: Tensor) -> Scaled:
+def iq2_s(blocks: Tensor) -> Stepped:
     codes = blocks[:, 2:34].int() | _fields(blocks[:, 66:74], 2, 0, 2, 4, 6).int() << 8
-    scale = half(blocks, 0) * (_fields(blocks[:, 74:82], 4, 0, 4).float() + 0.5) * 0.25
-    return _signed(look_up(GRIDS["iq2_s"], codes), look_up(_SIGNS, blocks[:, 34:66])), scale
+    values = _signed(look_up(GRIDS["iq2_s"], codes), look_up(_SIGNS, blocks[:, 34:66]))
+    return values, _odd(_fields(blocks[:, 74:82], 4, 0, 4)), half(blocks, 0) * 0.125
 
 
-def iq3_xxs(blocks: Tensor) -> Scaled:
+def iq3_xxs(blocks: Tensor) -> Stepped:
     packed = _longs(blocks, 66, 98)
-    scale = half(blocks, 0) * ((packed >> 28).float() + 0.5) * 0.5
     signs = look_up(_EVEN_SIGNS, _fields(packed, 7, 0, 7, 14, 21))
-    return _signed(look_up(GRIDS["iq3_xxs"], blocks[:, 2:66]), signs), scale
+    return _signed(look_up(GRIDS["iq3_xxs"], blocks[:, 2:66]), signs), _odd(packed >> 28), half(blocks, 0) * 0.25
 
 
-def iq3_s(blocks: Tensor) -> Scaled:
+def iq3_s(blocks: Tensor) -> Stepped:
     codes = blocks[:, 2:66].int() | _fields(blocks[:, 66:74], 1, *range(8)).int() << 8
-    scale = half(blocks, 0) * (_fields(blocks[:, 106:110], 4, 0, 4).float() * 2 + 1)
-    return _signed(look_up(GRIDS["iq3_s"], codes), look_up(_SIGNS, blocks[:, 74:106])), scale
+    values = _signed(look_up(GRIDS["iq3_s"], codes), look_up(_SIGNS, blocks[:, 74:106]))
+    return values, _odd(_fields(blocks[:, 106:110], 4, 0, 4)), half(blocks, 0)
 
 
 def _shifted(grid: Tensor, negative: Tensor) -> Tensor:
@@ -78,19 +83,18 @@ def _shifted(grid: Tensor, negative: Tensor) -> Tensor:
     return runs.add_((1 - 2 * negative.to(torch.int8)).unsqueeze(-1)).view(-1, 256)
 
 
-def iq1_s(blocks: Tensor) -> Scaled:
+def iq1_s(blocks: Tensor) -> Stepped:
     high = _shorts(blocks, 34, 50)  # (n, 8): four 3-bit code tops, 3-bit scale, sign of delta
     codes = blocks[:, 2:34].int() | _fields(high, 3, 0, 3, 6, 9) << 8
-    scale = half(blocks, 0) * ((high >> 12 & 7).float() * 2 + 1)
-    return _shifted(look_up(GRIDS["iq1_s"], codes), high >= 0x8000), scale * IQ1_DELTA
+    values = _shifted(look_up(GRIDS["iq1_s"], codes), high >= 0x8000)
+    return values, _odd(high >> 12 & 7), half(blocks, 0) * IQ1_DELTA
 
 
-def iq1_m(blocks: Tensor) -> Scaled:
+def iq1_m(blocks: Tensor) -> Stepped:
     scales = _shorts(blocks, 48, 56)  # (n, 4): the float16 scale hides in the four top nibbles
     tops = scales >> 12
     bits = tops[:, 0] | tops[:, 1] << 4 | tops[:, 2] << 8 | tops[:, 3] << 12
-    factor = bits.to(torch.int16).view(torch.float16).float().unsqueeze(-1)
+    step = bits.to(torch.int16).view(torch.float16).float().unsqueeze(-1) * IQ1_DELTA
     high = _fields(blocks[:, 32:48], 4, 0, 4).int()
     codes = blocks[:, :32].int() | (high & 7) << 8
-    scale = factor * (_fields(scales, 3, 0, 3, 6, 9).float() * 2 + 1)
-    return _shifted(look_up(GRIDS["iq1_s"], codes), high >= 8), scale * IQ1_DELTA
+    return _shifted(look_up(GRIDS["iq1_s"], codes), high >= 8), _odd(_fields(scales, 3, 0, 3, 6, 9)), step

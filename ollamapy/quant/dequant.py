@@ -13,6 +13,7 @@ from torch import Tensor
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import TYPES, GGMLType, num_elements, tensor_nbytes
 from ollamapy.quant import codebooks, kquants, legacy
+from ollamapy.quant.codebooks import Stepped
 from ollamapy.quant.legacy import Scaled
 
 Decoder = Callable[[Tensor, Tensor], None]
@@ -38,12 +39,15 @@ def _product(parts: Callable[[Tensor], Scaled]) -> Decoder:
     return decode
 
 
-INTEGERS: dict[GGMLType, Callable[[Tensor], Scaled]] = {
-    GGMLType.NVFP4: legacy.nvfp4,
-    GGMLType.Q1_0: legacy.q1_0,
-    GGMLType.Q2_0: legacy.q2_0,
-    GGMLType.TQ1_0: kquants.tq1_0,
-    GGMLType.TQ2_0: kquants.tq2_0,
+def _scaled(parts: Callable[[Tensor], Stepped]) -> Callable[[Tensor], Scaled]:
+    def scaled(blocks: Tensor) -> Scaled:
+        values, scales, step = parts(blocks)
+        return values, scales * step
+
+    return scaled
+
+
+CODEBOOKS: dict[GGMLType, Callable[[Tensor], Stepped]] = {
     GGMLType.IQ1_S: codebooks.iq1_s,
     GGMLType.IQ1_M: codebooks.iq1_m,
     GGMLType.IQ2_XXS: codebooks.iq2_xxs,
@@ -51,6 +55,15 @@ INTEGERS: dict[GGMLType, Callable[[Tensor], Scaled]] = {
     GGMLType.IQ2_S: codebooks.iq2_s,
     GGMLType.IQ3_XXS: codebooks.iq3_xxs,
     GGMLType.IQ3_S: codebooks.iq3_s,
+}
+
+INTEGERS: dict[GGMLType, Callable[[Tensor], Scaled]] = {
+    GGMLType.NVFP4: legacy.nvfp4,
+    GGMLType.Q1_0: legacy.q1_0,
+    GGMLType.Q2_0: legacy.q2_0,
+    GGMLType.TQ1_0: kquants.tq1_0,
+    GGMLType.TQ2_0: kquants.tq2_0,
+    **{type: _scaled(parts) for type, parts in CODEBOOKS.items()},
 }
 """Types of few values: (n, type_size) uint8 -> (n, block_size) int8 and float32 scales (n, S) of equal runs; their products are
 the weights."""

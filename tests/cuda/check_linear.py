@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ollamapy import cuda_kernels
-from ollamapy.cuda_kernels import MATVEC, MMA, Int8Rows
+from ollamapy.cuda_kernels import MATVEC, MMA, TYPES, Int8Rows
 from ollamapy.gguf.types import GGMLType
-from ollamapy.triton_kernels.layout import FORMS, pack
+from ollamapy.triton_kernels.layout import pack
 from tests.cuda.data import K_QUANTS, activations, expected, int8_rows, random_weight
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +18,7 @@ WIDTHS = {False: (32, 5 * 32, 17 * 32), True: (256, 768)}
 
 def known() -> list[GGMLType]:
     """Those that the library was built with: under sanitizers, some."""
-    return [type for type in FORMS if type.name in cuda_kernels.kernels().forms().split()]
+    return [type for type in sorted(TYPES) if type.name in cuda_kernels.kernels().forms().split()]
 
 
 def a_k_quant() -> GGMLType:
@@ -31,7 +31,7 @@ def products(x: Int8Rows, weight: object, device: torch.device, path: int, colum
     return out.cpu()
 
 
-@pytest.mark.parametrize("type", FORMS, ids=lambda type: type.name)
+@pytest.mark.parametrize("type", sorted(TYPES), ids=lambda type: type.name)
 def test_products(type: GGMLType, device: torch.device, schedule: str) -> None:
     """Every width and path within the bound of the error, and one number of rows equal to another, bit for bit."""
     if type not in known():

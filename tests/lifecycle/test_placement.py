@@ -245,12 +245,22 @@ def test_weight_bytes() -> None:
 
 
 def test_types_in_another_form_are_counted_as_they_will_lie() -> None:
-    """6 bits a weight on the CPU for IQ1_M, rows filled up to 16; bfloat16 on a GPU. Vectors are float32."""
+    """6 bits a weight on the CPU for IQ1_M, rows filled up to 16; 3 5/8 on a GPU. Vectors are float32."""
     matrix = TensorInfo("blk.0.attn_q.weight", GGMLType.IQ1_M, (100, 256), 100 * 56, 0, 0)
     vector = TensorInfo("blk.0.attn_norm.weight", GGMLType.F16, (256,), 512, 0, 0)
     found = weight_bytes({each.name: each for each in (matrix, vector)}, ("cpu", "cuda"), Settings())
     assert found["cpu"] == WeightBytes((112 * 256 * 6 // 8 + 1024,), 0)
-    assert found["cuda"] == WeightBytes((100 * 256 * 2 + 1024,), 0)
+    assert found["cuda"] == WeightBytes((100 * 256 * 29 // 64 + 1024,), 0)
+
+
+def test_embeddings_in_another_form() -> None:
+    """A GPU holds them in its form, once where they are the head too; the CPU reads rows from the file."""
+    embedding = TensorInfo("token_embd.weight", GGMLType.IQ2_XXS, (64, 256), 64 * 66, 0, 0)
+    head = TensorInfo("output.weight", GGMLType.IQ2_XXS, (64, 256), 64 * 66, 0, 0)
+    on_gpu, on_cpu = 64 * 106, 64 * 256 * 5 // 8
+    for tensors, here, there in (([embedding], on_cpu + 64 * 66, on_gpu), ([embedding, head], on_cpu + 64 * 66, 2 * on_gpu)):
+        found = weight_bytes({each.name: each for each in tensors}, ("cpu", "cuda"), Settings())
+        assert (found["cpu"].total, found["cuda"].total) == (here, there)
 
 
 def test_the_device_decides_what_the_weights_take() -> None:

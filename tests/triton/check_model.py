@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,14 @@ from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.groups import layer_groups
 from ollamapy.engine.protocol import LayerGroup, Plan, SamplingParams, Step
+from ollamapy.env import Settings
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.gguf.types import GGMLType
 from ollamapy.gguf.writer import write_gguf
+from ollamapy.lifecycle.sizes import weight_bytes
 from ollamapy.models.decoder import Decoder
 from ollamapy.models.load import load_model
+from ollamapy.quant.forms import CODED
 from ollamapy.triton_kernels import tuning
 from tests.engine.device import Emulated
 from tests.models.paged import Paged
@@ -67,14 +72,15 @@ def _wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "of", lambda device: table)
 
 
-def write(tiny: Tiny, folder: Path) -> Path:
-    """The model with quantized matrices: each row's type from its length; what its values are does not matter here."""
+def write(tiny: Tiny, folder: Path, types: Sequence[GGMLType] = ()) -> Path:
+    """The model with quantized matrices, of `types` in turn where there are some; what its values are does not matter here."""
     metadata, tensors = converted(tiny, reference_model(tiny), folder)
-    entries = []
+    entries, turns = [], itertools.cycle(types)
     for index, (name, tensor) in enumerate(tensors.items()):
         type, data = GGMLType.F32, tensor.contiguous().numpy().data.cast("B")
         if tensor.dim() > 1 and "router" not in name and "gate_inp" not in name:
             type = GGMLType.Q5_0 if name.endswith("attn_v.weight") else GGMLType.Q8_0
+            type = next(turns, type)
             weight = random_weight(type, *tensor.shape, seed=index)
             data = weight.data.numpy().data.cast("B")
         entries.append((name, type, tuple(tensor.shape), data))
@@ -125,6 +131,21 @@ def test_model(name: str, tmp_path: Path) -> None:
     if name == "gemma3":  # whose layers have block tables of their own
         groups = layer_groups(model.config.windows, 64)
         assert len(groups) == 2 and generate(model, groups) == tokens
+
+
+def test_types_of_few_values(tmp_path: Path) -> None:
+    """All of them in one model, with experts: what a GPU will hold is what placement counts, and far less than 16 bits."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "num_experts": 2, "head_dim": 64}
+    path = write(Tiny("Qwen3MoeForCausalLM", {**MODELS["qwen3moe"].config, **sizes}), tmp_path, [*CODED])
+    want = Paged(load(path, "reference")).logits({"a": range(3, 13), "b": [5]})
+    model = load(path, "triton")
+    for name, got in Paged(model).logits({"a": range(3, 13), "b": [5]}).items():
+        error = (got - want[name]).abs().max() / want[name].abs().max()
+        assert error < LIMIT, (name, float(error))
+    with GGUFFile.open(path) as file:
+        assert {tensor.type for tensor in file.tensors.values()} >= set(CODED)
+        counted = weight_bytes(file.tensors, ("cuda",), Settings())["cuda"].total
+    assert counted == model.weight_bytes
 
 
 def test_precise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

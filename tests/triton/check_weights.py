@@ -13,6 +13,7 @@ from ollamapy.gguf.types import TYPES as SIZES
 from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.triton_kernels import embedding, int8, layout, linear, norm, tuning
+from ollamapy.triton_kernels.forms import FORMS
 from tests.quant.test_dequant import random_blocks
 from tests.triton.data import random_weight
 
@@ -20,7 +21,7 @@ from tests.triton.data import random_weight
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
 CPU = torch.device("cpu")
-TYPES = pytest.mark.parametrize("type", layout.FORMS, ids=lambda type: type.name)
+TYPES = pytest.mark.parametrize("type", FORMS, ids=lambda type: type.name)
 
 
 @TYPES
@@ -33,6 +34,8 @@ def test_dequantize_and_embedding(type: GGMLType, columns: int) -> None:
     if type is GGMLType.MXFP4:
         blocks[:, 0] %= 251  # the largest powers of two overflow with the code
         blocks[:3, 0] = (0, 1, 2)
+    if type is GGMLType.NVFP4:
+        blocks[:4, 0] = (0, 127, 128, 255)
     weight = QuantTensor.wrap(torch.from_numpy(blocks).flatten(), type, (5, columns))
     planes = layout.pack(weight)
     assert torch.equal(embedding.dequantize(planes, torch.float32), weight.dequantize())

@@ -19,4 +19,8 @@ def random_weight(type: GGMLType, *shape: int, seed: int = 0) -> QuantTensor:
         blocks[:, at : at + 2] = steps.astype("<f2").view(np.uint8)
     if type is GGMLType.MXFP4:
         blocks[:, 0] = 120 + blocks[:, 0] % 8
+    if type is GGMLType.NVFP4:
+        blocks[:, :4] = 32 + blocks[:, :4] % 16
+    if type is GGMLType.IQ1_M:  # the step's top nibble is that of the last uint16
+        blocks[:, 55] = (blocks[:, 55] & 0x8F) | 0x10
     return QuantTensor.wrap(torch.from_numpy(blocks).flatten(), type, shape)

@@ -10,10 +10,14 @@ import torch
 
 from ollamapy.gguf.types import TYPES, GGMLType
 from ollamapy.quant.dequant import DEQUANT
+from ollamapy.quant.forms import RECODED, planes_nbytes
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.triton_kernels import layout
+from ollamapy.triton_kernels.forms import FORMS
+from tests.quant.test_dequant import random_blocks
 
-KEPT = [*layout.FORMS, *layout.DENSE]
+PERMUTED = [type for type in FORMS if type not in RECODED]
+KEPT = [*PERMUTED, *layout.DENSE]
 
 
 def random_bytes(type: GGMLType, *shape: int) -> QuantTensor:
@@ -40,7 +44,7 @@ def test_round_trip(type: GGMLType, shape: tuple[int, ...]) -> None:
     assert planes.nbytes == weight.nbytes == len(all_bytes(planes)) and planes.shape == shape
 
 
-@pytest.mark.parametrize("type", layout.FORMS, ids=lambda type: type.name)
+@pytest.mark.parametrize("type", PERMUTED, ids=lambda type: type.name)
 def test_every_byte_has_its_place(type: GGMLType) -> None:
     """A single changed bit changes the planes, so nothing is stored twice or left out."""
     weight = random_bytes(type, 1, 256)
@@ -61,14 +65,24 @@ def test_chunks_change_nothing(type: GGMLType, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(whole.low, parts.low) and torch.equal(layout.unpack(parts).data, weight.data)
 
 
-def test_what_has_no_form_becomes_bfloat16() -> None:
-    others = [t for t in DEQUANT if t not in KEPT and t is not GGMLType.F64]
-    assert GGMLType.IQ2_XXS in others
-    for type in others:
-        planes = layout.pack(random_bytes(type, 2, 256))
-        assert planes.form is None and planes.low.dtype == torch.bfloat16 and planes.low.shape == (2, 256)
-    with pytest.raises(AssertionError, match="was decoded"):
+@pytest.mark.parametrize("type", RECODED, ids=lambda type: type.name)
+def test_what_is_written_anew(type: GGMLType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as placement counts, whatever the chunks, and never given for the file's. Values: check_weights.py."""
+    weight = QuantTensor.wrap(torch.from_numpy(random_blocks(type, 30)).flatten(), type, (3, 5, 512))
+    planes = layout.pack(weight)
+    assert planes.nbytes == planes_nbytes(type, (3, 5, 512)) == len(all_bytes(planes)) and planes.shape == (3, 5, 512)
+    monkeypatch.setattr(layout, "CHUNK_WEIGHTS", 1024)
+    assert all_bytes(layout.pack(weight)) == all_bytes(planes)
+    with pytest.raises(AssertionError, match="other bits than the file"):
         layout.unpack(planes)
+
+
+def test_every_type_has_planes() -> None:
+    assert {*KEPT, *RECODED, GGMLType.F64} == set(DEQUANT)
+    for type in DEQUANT:
+        planes = layout.pack(random_bytes(type, 2, 256))
+        assert planes.nbytes == planes_nbytes(type, (2, 256)) and (planes.form is None) == (planes.type not in FORMS)
+    assert layout.pack(random_bytes(GGMLType.F64, 2, 256)).low.dtype == torch.bfloat16
 
 
 def test_packing_needs_no_triton() -> None:

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import ollamapy.triton_kernels as triton_kernels
-from ollamapy.triton_kernels.layout import FORMS
+from ollamapy import cuda_kernels
+from ollamapy.triton_kernels.forms import FORMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,4 +25,4 @@ def test_the_table_of_kernels_is_current() -> None:
     folders = [ROOT / "triton_kernels", ROOT / "ollamapy" / "reference"]
     gone = [name for name in named if name.endswith(".py") and not any((folder / name).exists() for folder in folders)]
     assert not gone, gone
-    assert f'"{len(FORMS)} types"' in notes
+    assert f'"{len(FORMS)} types"' in notes and f'"{len(cuda_kernels.TYPES)} types"' in notes
