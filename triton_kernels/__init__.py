@@ -27,7 +27,7 @@ OPS: dict[str, str] = {
     "gated_activation": "activation.gated_activation",
     "softcap": "activation.softcap",
     "new_cache": "cache.new_cache",
-    "plan_attention": "attention.plan",
+    "plan_attention": "attention_plan.plan",
     "attention": "attention.attention",
     "draw_on_device": "sampling.draw",
     "rank_on_device": "sampling.ranked",

@@ -1,29 +1,26 @@
 """Attention over the paged KV cache: one kernel for prefill and decode, and the sum of split keys. Knows no model.
 
-Caches are those of `cache`. The
-query heads of a key-value head are rows of one tile, so its keys are read once. Long contexts are split at fixed positions,
-so a row's sums do not depend on the other sequences of its batch.
+Caches are those of `cache`. The query heads of a key-value head are rows of one tile, so its keys are read once. Few queries
+on a long context have its keys split at fixed positions, so a row's sums do not depend on the other sequences of its batch.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.engine.batch import KVCache
 from ollamapy.triton_kernels import cache as caches
 from ollamapy.triton_kernels import tuning
+from ollamapy.triton_kernels.attention_plan import AttentionPlan
 
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-TILE_ROWS = 64  # of queries times heads, in prefill; half as many in float32, which no tensor core multiplies exactly
 TILE_KEYS = 64  # fewer for heads of more than TILE_HEAD_BYTES: tiles of heads of 256 would spill and outgrow shared memory
 TILE_HEAD_BYTES = 256
+COMBINED = 16  # splits that are added together: one shape for any number of them, so one order of sums
 
 
 @triton.jit
@@ -39,6 +36,7 @@ def attention_kernel(
     sinks,
     tile_sequence,
     tile_first,
+    tile_part,
     query_start,
     seq_lens,
     block_table,
@@ -66,8 +64,9 @@ def attention_kernel(
 ):
     """One tile: TOKENS queries of a sequence, all heads of one key-value head, and SPLIT keys (0: all of them).
 
-    Writes softmax(q k^T scale) v to out (n, H, DV); or with SPLIT the unnormalized sums to out (splits, tiles, H, DV) with
-    their maximum and total (splits, tiles, H), float32, in units of log2. `window` is the reach: the first hidden distance.
+    Writes softmax(q k^T scale) v to out (n, H, DV); or with SPLIT the unnormalized sums to out (parts, TOKENS, H, DV) with
+    their maximum and total (parts, TOKENS, H), float32, in units of log2; split s of a tile is part tile_part + s. A split
+    without keys has a total of zero and no sums. `window` is the reach: the first hidden distance.
     KIND 1: a Q8_0 cache, rows of codes with their steps behind them (see `cache`). Products are of type DOT, sums float32.
     """
     tile = tl.program_id(0)
@@ -100,8 +99,11 @@ def attention_kernel(
         if not CAUSAL:
             stop = tl.minimum(length, last + window)
     if SPLIT != 0:
-        start = tl.maximum(start, tl.program_id(2) * SPLIT)
-        stop = tl.minimum(stop, (tl.program_id(2) + 1) * SPLIT)
+        split = tl.program_id(2)
+        if split * SPLIT >= length:
+            return
+        start = tl.maximum(start, split * SPLIT)
+        stop = tl.minimum(stop, (split + 1) * SPLIT)
 
     if SINKS and SPLIT == 0 and TOKENS != 1:
         most = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -156,9 +158,11 @@ def attention_kernel(
         sum = tl.div_rn(sum, tl.exp2(higher - most)) + tl.exp2(sink - higher)
         acc = acc * tl.exp2(most - higher)[:, None]
     if SPLIT != 0:
-        target = (tl.program_id(2) * tl.num_programs(0) + tile).to(tl.int64) * HEADS + head
+        part = (tl.load(tile_part + tile) + tl.program_id(2)).to(tl.int64)
+        target = (part * TOKENS + r // group) * HEADS + head
         tl.store(peak + target, most, real)
         tl.store(total + target, sum, real)
+        mask &= start < stop
     else:
         target = token * HEADS + head
         acc = acc / tl.where(real, sum, 1.0)[:, None]
@@ -172,90 +176,53 @@ def combine_kernel(
     total,
     sinks,
     tile_sequence,
+    tile_first,
+    tile_part,
     query_start,
+    seq_lens,
     out,
-    splits,
     HEADS: tl.constexpr,
     DV: tl.constexpr,
     PADDED_DV: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """Adds the splits of one row and head in the order of their keys: out (n, H, DV)."""
-    tile = tl.program_id(0)
+    """Adds the splits of one row and head in the order of their keys, CHUNK at a time: out (n, H, DV)."""
+    tile = tl.program_id(0) // TOKENS
+    token = tl.program_id(0) % TOKENS
     head = tl.program_id(1)
-    split = tl.arange(0, PADDED_SPLITS)
-    at = (split * tl.num_programs(0) + tile).to(tl.int64) * HEADS + head
-    tops = tl.load(peak + at, split < splits, other=float("-inf"))
-    sums = tl.load(total + at, split < splits, other=0.0)
-    most = tl.max(tops, 0)
+    sequence = tl.load(tile_sequence + tile)
+    begin = tl.load(query_start + sequence)
+    query = tl.load(tile_first + tile) + token
+    if begin + query >= tl.load(query_start + sequence + 1):
+        return
+    splits = (tl.load(seq_lens + sequence) + SPLIT - 1) // SPLIT
+    first = (tl.load(tile_part + tile).to(tl.int64) * TOKENS + token) * HEADS + head
+    i = tl.arange(0, CHUNK)
+    dim = tl.arange(0, PADDED_DV)
+    most = float("-inf")
+    for base in range(0, splits, CHUNK):
+        at = first + (base + i) * (TOKENS * HEADS)
+        most = tl.maximum(most, tl.max(tl.load(peak + at, base + i < splits, other=float("-inf")), 0))
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         most = tl.maximum(most, sink)
-    factor = tl.exp2(tops - most)
-    sum = tl.sum(tl.div_rn(sums, tl.exp2(most - tops)), 0)  # no product, which might be rounded with the sum that follows
+    sum = 0.0
+    acc = tl.zeros((PADDED_DV,), tl.float32)
+    for base in range(0, splits, CHUNK):
+        at = first + (base + i) * (TOKENS * HEADS)
+        tops = tl.load(peak + at, base + i < splits, other=float("-inf"))
+        sums = tl.load(total + at, base + i < splits, other=0.0)
+        sum += tl.sum(tl.div_rn(sums, tl.exp2(most - tops)), 0)  # no product, which might be rounded with the sum that follows
+        mask = (sums != 0.0)[:, None] & (dim < DV)[None, :]
+        part = tl.load(parts + at[:, None] * DV + dim[None, :], mask, other=0.0)
+        acc += tl.sum(part * tl.exp2(tops - most)[:, None], 0)
     if SINKS:
         sum += tl.exp2(sink - most)
-    dim = tl.arange(0, PADDED_DV)
-    mask = (split < splits)[:, None] & (dim < DV)[None, :]
-    acc = tl.load(parts + at[:, None] * DV + dim[None, :], mask, other=0.0)
-    row = tl.load(query_start + tl.load(tile_sequence + tile)).to(tl.int64)
-    result = tl.sum(acc * factor[:, None], 0) / sum
-    tl.store(out + (row * HEADS + head) * DV + dim, result.to(out.dtype.element_ty), dim < DV)
-
-
-class Launch(NamedTuple):
-    """Tiles of equal kind: which sequence and which of its queries each begins with, (tiles,) int32."""
-
-    sequence: Tensor
-    first: Tensor
-    tokens: int
-    rows: int
-    splits: int  # 0: one program has all keys
-
-
-@dataclass(slots=True)
-class AttentionPlan:
-    """One batch's tiles: made once per forward pass, once for each number of query heads to a key-value head."""
-
-    batch: Batch
-    tile_rows: int
-    split_keys: int
-    launches: dict[int, list[Launch]] = field(default_factory=dict)
-
-    def for_group(self, group: int) -> list[Launch]:
-        found = self.launches.get(group)
-        if found is None:
-            found = self.launches[group] = self._make(group)
-        return found
-
-    def _make(self, group: int) -> list[Launch]:
-        rows = max(self.tile_rows, triton.next_power_of_2(group))
-        tokens = rows // group
-        lens = self.batch.query_lens
-        decoding = [s for s, n in enumerate(lens) if n == 1]
-        prefill = [(s, start) for s, n in enumerate(lens) if n > 1 for start in range(0, n, tokens)]
-        made = []
-        if decoding:
-            longest = max(self.batch.context_lens[s] for s in decoding)
-            splits = triton.cdiv(longest, self.split_keys) if longest > self.split_keys else 0
-            least = max(16, triton.next_power_of_2(group))  # rows of a matrix product
-            made.append(Launch(*self._tiles([(s, 0) for s in decoding]), 1, least, splits))
-        if prefill:
-            made.append(Launch(*self._tiles(prefill), tokens, rows, 0))
-        return made
-
-    def _tiles(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        count, device = len(pairs), self.batch.block_table.device
-        if count == self.batch.num_seqs and self.batch.num_tokens == count:  # decoding alone: nothing to copy to the device
-            return torch.arange(count, dtype=torch.int32, device=device), torch.zeros(count, dtype=torch.int32, device=device)
-        sequence, first = torch.tensor(pairs, dtype=torch.int32, device=device).t().contiguous()
-        return sequence, first
-
-
-def plan(batch: Batch, cache: KVCache) -> AttentionPlan:
-    rows = TILE_ROWS // 2 if cache.key.dtype == torch.float32 else TILE_ROWS
-    return AttentionPlan(batch, rows, tuning.of(cache.key.device).split_keys)
+    row = (begin + query).to(tl.int64)
+    tl.store(out + (row * HEADS + head) * DV + dim, (acc / sum).to(out.dtype.element_ty), dim < DV)
 
 
 def attention(
@@ -289,11 +256,11 @@ def attention(
         parts = out
         peak = total = q
         if splits:
-            parts = torch.empty(splits, tiles, heads, value_length, dtype=torch.float32, device=q.device)
-            peak, total = torch.empty(2, splits, tiles, heads, dtype=torch.float32, device=q.device)
+            parts = torch.empty(launch.parts, launch.tokens, heads, value_length, dtype=torch.float32, device=q.device)
+            peak, total = torch.empty(2, launch.parts, launch.tokens, heads, dtype=torch.float32, device=q.device)
         attention_kernel[(tiles, kv_heads, max(splits, 1))](
             *(q, key, value, key_steps, value_steps, parts, peak, total, q if sinks is None else sinks),
-            *(launch.sequence, launch.first, batch.query_start, batch.seq_lens, batch.block_table),
+            *(launch.sequence, launch.first, launch.part, batch.query_start, batch.seq_lens, batch.block_table),
             table_width=batch.block_table.shape[1],
             scale=scale,
             cap=cap,
@@ -319,13 +286,15 @@ def attention(
             num_stages=2 if wide else 3,
         )
         if splits:
-            combine_kernel[(tiles, heads)](
+            combine_kernel[(tiles * launch.tokens, heads)](
                 *(parts, peak, total, q if sinks is None else sinks),
-                *(launch.sequence, batch.query_start, out, splits),
+                *(launch.sequence, launch.first, launch.part, batch.query_start, batch.seq_lens, out),
                 HEADS=heads,
                 DV=value_length,
                 PADDED_DV=padded[1],
-                PADDED_SPLITS=triton.next_power_of_2(splits),
+                TOKENS=launch.tokens,
+                SPLIT=plan.split_keys,
+                CHUNK=COMBINED,
                 SINKS=sinks is not None,
             )
     return out.flatten(1)

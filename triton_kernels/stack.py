@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.reference import Activation
-from ollamapy.triton_kernels import attention, layout, linear, moe, norm, tuning
+from ollamapy.triton_kernels import attention, attention_plan, layout, linear, moe, norm, tuning
 from ollamapy.triton_kernels.layout import Planes
 from ollamapy.triton_kernels.place import Turn, place
 
@@ -173,7 +173,7 @@ class Stack:
         """x (n, E) float32 through all layers, in place. ropes: (positions, n_rot), cosines then sines of each pair."""
         if not x.shape[0]:
             return x
-        plans = [attention.plan(seen, caches[0]) for seen in batch.groups]
+        plans = [attention_plan.plan(seen, caches[0]) for seen in batch.groups]
         first, products = self._layers[0], self._products
         dtype = tuning.activations(x.device, first.qkv[0].weight.precise)
         h = products.norm(x, Norm(first.attention_norm, first.facts.eps), None, first.readers, dtype)
@@ -203,7 +203,7 @@ class Stack:
         return self._products.place(qkv, facts.num_heads, turn, batch, temperature if facts.temper else None, cache, dtype)
 
     @staticmethod
-    def _attend(facts: DecoderLayer, q: Tensor, cache: KVCache, plan: attention.AttentionPlan) -> Tensor:
+    def _attend(facts: DecoderLayer, q: Tensor, cache: KVCache, plan: attention_plan.AttentionPlan) -> Tensor:
         return attention.attention(
             q,
             cache,

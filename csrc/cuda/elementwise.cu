@@ -21,7 +21,7 @@ __device__ __forceinline__ float4 load4(const void* from, int64_t at, Type type)
 
 // One block for kThreads * 4 values of a token. Without `up`: the values of gate themselves.
 __global__ void __launch_bounds__(kThreads) gated_kernel(const GatedArgs args) {
-  const int token = blockIdx.y, i = (blockIdx.x * kThreads + threadIdx.x) * 4;
+  const int token = blockIdx.x, i = (blockIdx.y * kThreads + threadIdx.x) * 4;  // y has 65,535 blocks at most
   const bool live = i < args.width;
   float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (live) {
@@ -103,7 +103,7 @@ extern "C" int ollamapy_norm(const ollamapy::cuda::NormArgs* args, void* stream)
 
 extern "C" int ollamapy_gated(const ollamapy::cuda::GatedArgs* args, void* stream) {
   using namespace ollamapy::cuda;
-  const dim3 grid((args->width + kThreads * 4 - 1) / (kThreads * 4), args->tokens);
+  const dim3 grid(args->tokens, (args->width + kThreads * 4 - 1) / (kThreads * 4));
   CUDA_LAUNCH(gated_kernel, grid, kThreads, 0, stream, *args);
   return cudaGetLastError();
 }

@@ -71,6 +71,13 @@ def test_gated_quantize(kind: reference.Activation, device: torch.device, schedu
     near_int8(values(rows), want)
 
 
+def test_more_rows_than_a_grid_is_high(device: torch.device, schedule: str) -> None:
+    if schedule not in ("first-late", "gpu"):
+        pytest.skip("5 s each")
+    x = torch.linspace(-3, 3, 65536 * 32).view(65536, 32)
+    near_int8(values(cuda_kernels.quantize(x.to(device))), x)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("length", "rot", "norms"), [(64, 64, False), (80, 32, True), (256, 256, True)])
 def test_rope(length: int, rot: int, norms: bool, interleaved: bool, device: torch.device, schedule: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
 from ollamapy.reference import attention as oracle
 from ollamapy.triton_kernels import attention as paged
+from ollamapy.triton_kernels import attention_plan as plans
 from ollamapy.triton_kernels import cache as layouts
 from ollamapy.triton_kernels import place, tuning
 from ollamapy.triton_kernels import rope as turning
@@ -45,7 +47,7 @@ def caches(state: LayerState, contexts: list[int], block: int, dtype: torch.dtyp
 def compare(
     q: Tensor, batch: Batch, ours: KVCache, theirs: KVCache, tolerance: float, **options: float | bool | Tensor | None
 ) -> None:
-    got = paged.attention(q, ours, paged.plan(batch, ours), **options)
+    got = paged.attention(q, ours, plans.plan(batch, ours), **options)
     want = oracle.attention(q.float(), theirs, oracle.plan(batch, theirs), **options)
     torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
 
@@ -102,10 +104,70 @@ def test_rows_do_not_depend_on_the_batch(with_sinks: bool, monkeypatch: pytest.M
     ours, _, tables = caches(LayerState(1, 16, 16), contexts, 16, torch.float32)
     q = torch.randn(4, 3, 16)
     options = {"scale": 0.25, "sinks": torch.tensor([0.3, -2.0, 1.7]) if with_sinks else None}
-    together = paged.attention(q, ours, paged.plan(make_batch(tables, [1] * 4, contexts, 16), ours), **options)
+    together = paged.attention(q, ours, plans.plan(make_batch(tables, [1] * 4, contexts, 16), ours), **options)
     for i in range(4):
         alone = make_batch(tables[i : i + 1], [1], contexts[i : i + 1], 16)
-        assert torch.equal(paged.attention(q[i : i + 1], ours, paged.plan(alone, ours), **options)[0], together[i])
+        assert torch.equal(paged.attention(q[i : i + 1], ours, plans.plan(alone, ours), **options)[0], together[i])
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 21}, {"sinks": True, "cap": 3.0}, {"causal": False}], ids=str)
+def test_few_queries_on_long_contexts(options: dict[str, float | bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their keys are split as a single query's are: up to a tile of queries, beside prompts, short contexts and decoding."""
+    split_at(64, monkeypatch)
+    queries, contexts = [3, 1, 16, 17, 5, 2], [200, 300, 65, 130, 40, 64]
+    ours, theirs, tables = caches(LayerState(2, 16, 24), contexts, 16, torch.float32)
+    q = torch.randn(sum(queries), 4, 16)
+    sinks = torch.randn(4) if options.get("sinks") else None
+    batch = make_batch(tables, queries, contexts, 16)
+    launches = plans.plan(batch, ours).for_group(2)
+    assert [(len(launch.sequence), launch.splits, launch.parts) for launch in launches] == [(1, 5, 5), (4, 0, 0), (3, 4, 8)]
+    compare(q, batch, ours, theirs, 2e-6, **{**options, "scale": 0.3, "sinks": sinks})
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_several_rows_do_not_depend_on_the_batch(with_sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_at(64, monkeypatch)
+    queries, contexts = [3, 2, 4, 1], [150, 64, 1500, 90]
+    ours, _, tables = caches(LayerState(1, 16, 16), contexts, 16, torch.float32)
+    q = torch.randn(sum(queries), 3, 16)
+    options = {"scale": 0.25, "sinks": torch.tensor([0.3, -2.0, 1.7]) if with_sinks else None}
+    together = paged.attention(q, ours, plans.plan(make_batch(tables, queries, contexts, 16), ours), **options).split(queries)
+    for i, part in enumerate(q.split(queries)):
+        alone = make_batch(tables[i : i + 1], queries[i : i + 1], contexts[i : i + 1], 16)
+        assert torch.equal(paged.attention(part, ours, plans.plan(alone, ours), **options), together[i])
+
+
+def test_splits_without_keys_are_neither_written_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beyond a row's end where a recorded step knows a bound only, and those that its window hides: memory that holds
+    NaN before keeps it, and none of it reaches the answer."""
+    split_at(64, monkeypatch)
+    contexts = [70, 300, 40]
+    ours, theirs, tables = caches(LayerState(1, 16, 16), contexts, 16, torch.float32)
+    q = torch.randn(3, 3, 16)
+    batch = make_batch(tables, [1] * 3, contexts, 16)
+    bounded = dataclasses.replace(batch, context_lens=[1024] * 3)
+    given = []
+
+    def empty(*size: int, **options: Any) -> Tensor:
+        given.append(torch.full(size, torch.nan, **options))
+        return given[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    got = paged.attention(q, ours, plans.plan(bounded, ours), scale=0.25, window=30)
+    monkeypatch.undo()
+    torch.testing.assert_close(got, oracle.attention(q, theirs, oracle.plan(batch, theirs), scale=0.25, window=30))
+    written = given[0].isfinite().flatten(1).any(1).view(3, 16)
+    assert [row.nonzero().flatten().tolist() for row in written] == [[0, 1], [4], [0]]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered", "ignore:invalid value encountered")  # numpy, which interprets
+def test_a_row_that_is_not_a_number_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    split_at(64, monkeypatch)
+    ours, _, tables = caches(LayerState(1, 16, 16), [150, 150], 16, torch.float32)
+    q = torch.randn(2, 3, 16)
+    q[1] = torch.nan
+    got = paged.attention(q, ours, plans.plan(make_batch(tables, [1, 1], [150, 150], 16), ours), scale=0.25)
+    assert got[0].isfinite().all() and got[1].isnan().all()
 
 
 def angles(rows: int, rot: int, interleaved: bool) -> tuple[Tensor, Tensor]:

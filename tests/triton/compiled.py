@@ -38,6 +38,7 @@ from ollamapy.reference import Routing
 from ollamapy.triton_kernels import (
     activation,
     attention,
+    attention_plan,
     cache,
     decode,
     embedding,
@@ -100,9 +101,9 @@ def attend(
     def call() -> object:
         tables = [list(range(-(-context // 16))) for context in contexts]
         batch = make_batch(tables, queries, contexts, 16)
-        store = cache.new_cache(LayerState(kv_heads, length, length), len(tables[0]), 16, dtype, CPU)
+        store = cache.new_cache(LayerState(kv_heads, length, length), 1, 16, dtype, CPU)  # nothing reads it
         q = bf16(sum(queries), heads, length).to(torch.float32 if dtype == torch.float32 else torch.bfloat16)
-        return attention.attention(q, store, attention.plan(batch, store), scale=0.1, **options)
+        return attention.attention(q, store, attention_plan.plan(batch, store), scale=0.1, **options)
 
     return call
 
@@ -194,6 +195,11 @@ def usual_cases() -> dict[str, Case]:
         ),
         "attention prefill, 8/4 heads of 256, cap": (attend([200], [300], 8, 4, 256, cap=50.0), True),
         "attention prefill, q8_0": (attend([200], [300], 32, 8, 128, dtype=cache.Q8_0), True),
+        "attention decode, 64k": (attend([1], [65536], 32, 8, 128), False),
+        "attention decode, 256k, window, sinks": (attend([1], [262144], 64, 8, 64, window=128, sinks=torch.zeros(64)), False),
+        "attention of a few on a long context": (attend([4], [3000], 32, 8, 128), False),
+        "attention of a few on a long context, heads of 256": (attend([4], [3000], 8, 4, 256, cap=50.0), False),
+        "attention of a few on a long context, q8_0": (attend([4], [3000], 32, 8, 128, dtype=cache.Q8_0), False),
         "place, q8_0": (lambda: turn(dtype=cache.Q8_0), False),
         "quantize 4096": (lambda: norm.quantize(bf16(2, 4096), bf16(4096), 1e-5), False),
         "gated_activation": (lambda: activation.gated_activation(bf16(2, 14336), bf16(2, 14336), "silu"), False),
