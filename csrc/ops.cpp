@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("embedding_rows(Tensor data, int type, Tensor ids) -> Tensor");
   // The same out of tiles of `pack_weight`, of an (n, k) weight.
   m.def("embedding_tiles(Tensor tiles, int type, int n, int k, Tensor ids) -> Tensor");
-  // Threads of the kernels below, the calling one included. At the start: the physical cores.
+  // Threads of the kernels below, the calling one included. At the start: 1.
   m.def("set_threads(int count) -> ()");
   // rows (n, row bytes) uint8 of GGUF type `type`, k weights each -> tiles (ceil(n / 16), 16 * row bytes): the same bits, permuted.
   // Those of experts, (X, n, row bytes), become (X, tiles, bytes). Rows of the types in cpu/isa/coded.h are not the file's.

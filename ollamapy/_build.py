@@ -130,6 +130,8 @@ def hash_of(sources: Path, files: Sequence[Path], facts: str) -> str:
 
 def built_from(library: Path) -> str:
     """The source hash that a library carries, "" for anything else."""
+    if not library.stat().st_size:  # nothing to map
+        return ""
     with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         at = content.find(_MARKER)
         return "" if at < 0 else content[at + len(_MARKER) : at + len(_MARKER) + 16].decode("ascii", "replace")

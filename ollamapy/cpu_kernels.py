@@ -7,6 +7,7 @@ few values (`quant.forms`) take 5 or 6 bits a weight there, with the same values
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ollamapy import extension
+from ollamapy.cores import MAX_THREADS
 from ollamapy.cpu_memory import untouched
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
@@ -24,6 +26,8 @@ from ollamapy.quant.forms import CODED
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation, Routing
 from ollamapy.reference import moe as reference_moe
+
+log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16  # tokens of a KV block: the lanes of a score
 MAX_HEAD = 256
@@ -45,9 +49,10 @@ def kernels() -> Any:
 
 
 def set_threads(count: int) -> None:
-    """Of the kernels; torch's own operators keep to one thread beside them, or two teams would fight for the cores."""
-    kernels().set_threads(count)
-    torch.set_num_threads(1)
+    """Of the kernels, which take `MAX_THREADS` at most."""
+    if count > MAX_THREADS:
+        log.warning("the CPU kernels take %d threads, not %d", MAX_THREADS, count)
+    kernels().set_threads(min(count, MAX_THREADS))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ollamapy import _build, env
+from ollamapy.cores import MAX_THREADS, physical_cores
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Extension:
             log.warning("the C++ kernels are unavailable, slower ones are used: %s", reason)
             return
         self.ops, self.status = torch.ops.ollamapy, how
+        self.ops.set_threads(min(physical_cores(), MAX_THREADS))
 
     def _choose_isa(self, wanted: str) -> str:
         possible = torch.ops.ollamapy.cpu_isas().split()

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ollamapy import cpu_kernels, reference
+from ollamapy import cpu_kernels, extension, reference
 from ollamapy.cpu_kernels import DecoderLayer as DecoderLayer
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.engine.filters import Floats, Ids
@@ -133,12 +133,22 @@ def switch(device: torch.device) -> None:
     _choice.switch(device)
 
 
-def set_threads(count: int) -> None:
-    """Threads of the CPU's kernels in force, the calling one included."""
-    if "cpu" in _choice.resolved and _choice.resolved["cpu"].chosen["moe"] == "csrc":
+def set_threads(count: int, *, loading: bool = False) -> None:
+    """Threads of the CPU's kernels in force, the calling one included. Beside the C++ kernels torch's own operators keep to one
+    thread, or two teams would fight for the cores; not in a load, where the two take turns."""
+    compiled = _compiled()
+    if compiled:
         cpu_kernels.set_threads(count)
-    else:
-        torch.set_num_threads(count)
+    torch.set_num_threads(1 if compiled and not loading else count)
+
+
+def cpu_isa() -> str:
+    """The instruction set of the C++ kernels, where the device whose turn it is is the CPU and some of them serve; else ""."""
+    return extension.isa() if _choice.device.type == "cpu" and _compiled() else ""
+
+
+def _compiled() -> bool:
+    return "csrc" in _choice.resolved["cpu"].chosen.values()
 
 
 def chosen() -> dict[str, str]:

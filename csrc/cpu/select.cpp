@@ -1,5 +1,8 @@
 // Which instruction set's kernels are in force. Compiled once, for any CPU of the architecture.
 #include <atomic>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <string>
 
 #include <torch/csrc/stable/library.h>
@@ -26,7 +29,13 @@ struct Candidate {
 
 [[maybe_unused]] bool has_base() { return true; }
 #if defined(__x86_64__)
-[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+[[maybe_unused]] bool has_f16c() {  // __builtin_cpu_supports knows the name from GCC 11 and Clang 16 on
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() && __builtin_cpu_supports("bmi2");
+}
 
 [[maybe_unused]] bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -11,10 +11,9 @@
 #include <algorithm>
 #include <atomic>
 #include <climits>
-#include <fstream>
+#include <exception>
 #include <mutex>
-#include <set>
-#include <string>
+#include <utility>
 
 #include "width.h"
 
@@ -82,24 +81,10 @@ struct alignas(64) Signal {
   }
 };
 
-// Cores, not hyper-threads: two of those share the multipliers that our kernels keep busy.
-int physical_cores() {
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof(allowed), &allowed)) return 1;
-  std::set<std::string> cores;
-  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-    if (!CPU_ISSET(cpu, &allowed)) continue;
-    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-    std::string siblings;
-    cores.insert(std::getline(file, siblings) ? siblings : std::to_string(cpu));
-  }
-  return cores.empty() ? 1 : int(cores.size());
-}
-
 Part parts[kMaxThreads];
 thread_local int self = 0;  // a helper's number; the caller of a run is 0
 
-std::atomic<int> team_size{0};
+std::atomic<int> team_size{1};
 Width width;
 Signal start;  // low bits: the threads of the run that starts, 0 when helpers are to end
 constexpr uint32_t kCounts = 512;
@@ -108,6 +93,8 @@ alignas(64) std::atomic<int> waiting{0};
 alignas(64) std::atomic<int> finished{0};
 Work current_work;
 void* current_argument;
+std::atomic<bool> failed{false};
+std::exception_ptr failure;  // of the first who failed
 int started = 1;
 std::mutex one_caller;
 
@@ -115,6 +102,15 @@ struct alignas(64) Cursor {
   std::atomic<int> taken{0};
 };
 Cursor cursors[2][kMaxThreads];  // of even and odd turns: pieces that were taken of each thread's share
+
+// An exception waits until nobody uses the argument any more, which may lie in the caller's frame.
+void do_part(int thread, int count) {
+  try {
+    current_work(current_argument, thread, count);
+  } catch (...) {
+    if (!failed.exchange(true)) failure = std::current_exception();
+  }
+}
 
 struct Birth {
   int thread;
@@ -143,7 +139,7 @@ void* helper(void* argument) {
       return nullptr;
     }
     if (thread >= count) continue;
-    current_work(current_argument, thread, count);
+    do_part(thread, count);
     if (finished.fetch_add(1) + 1 == count - 1) done.raise();
   }
 }
@@ -178,10 +174,7 @@ void set_size(int threads) {
   done.wait_beyond(seen, kBarrierSpins);
   started = 1;
 }
-int size() {
-  if (team_size == 0) set_size(physical_cores());
-  return team_size;
-}
+int size() { return team_size; }
 
 void barrier(int count) {
   const uint32_t seen = arrived.value.load();
@@ -240,9 +233,10 @@ void run(int count, Work work, void* argument) {
   }
   const uint32_t seen = done.value.load();
   start_run(uint32_t(count), bits_below(count));
-  work(argument, 0, count);
+  do_part(0, count);
   parts[0].waited += done.stall_beyond(seen);
   const int64_t end = nanoseconds();
   width.ran(wanted, count, parts, end - begin, end);
+  if (failed.exchange(false)) std::rethrow_exception(std::exchange(failure, nullptr));
 }
 }  // namespace ollamapy::team

@@ -12,13 +12,14 @@ namespace ollamapy::team {
 
 using Work = void (*)(void* argument, int thread, int count);
 
-// Of the team from now on, the caller included; at the start: the physical cores. The helpers that are there end: those that a
+// Of the team from now on, the caller included; at the start: 1. The helpers that are there end: those that a
 // load started have its niceness, and only a privileged thread could take it from them.
 void set_size(int threads);
 int size();
 
 // Runs work on `count` threads or fewer, the caller being thread 0, and returns when all have returned: `work` is told how many
-// they are, and nothing that it computes may depend on it. One caller at a time.
+// they are, and nothing that it computes may depend on it. One caller at a time. What `work` throws on any of them (the first of
+// several) is thrown here; work that meets at barriers must not.
 void run(int count, Work work, void* argument);
 void barrier(int count);  // meets all threads of the running work
 

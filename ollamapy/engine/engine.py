@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Callable
 
+from ollamapy import ops
 from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.adapters import Adapters
 from ollamapy.engine.arrivals import Arrivals
@@ -214,6 +215,7 @@ class Engine:
             kv_dtype=plan.kv_dtype,
             precise=plan.precise,
             kernels=self._kernels,
+            cpu_isa=ops.cpu_isa(),
             notes=shortage(self._asked, plan),
         )
 

@@ -177,6 +177,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_dtype: KVType = "f16"
     precise: bool = False
     kernels: dict[str, str] = {}  # op -> implementation chosen
+    cpu_isa: str = ""  # the instruction set of those in C++ for the CPU
     load_ns: int = 0
     notes: tuple[str, ...] = ()  # what turned out otherwise than planned
 

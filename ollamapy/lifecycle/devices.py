@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from ollamapy.cores import physical_cores as physical_cores
 from ollamapy.env import Settings
 from ollamapy.lifecycle.gpus import GPU, find_gpus
 
@@ -57,17 +55,6 @@ async def wait_for_gpu_memory(discover: Callable[[], Devices], before: Devices, 
         if sum(gpu.free for gpu in now.gpus) - start >= GPU_SHARE * nbytes:
             return
         await asyncio.sleep(GPU_POLL)
-
-
-def physical_cores() -> int:
-    """Cores that this process may use: physical ones (hyper-threads do not help a matmul), within affinity and CPU quota."""
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    with contextlib.suppress(OSError, ValueError):  # no quota, or no control groups
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores)
 
 
 def _memory_limits(membership: Path) -> Iterator[tuple[int, int]]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+from ollamapy.cores import MAX_THREADS
 from ollamapy.engine.groups import blocks_of, group_size, layer_groups, most_tokens
 from ollamapy.engine.protocol import KVType, LayerGroup, LayerSpan, Plan
 from ollamapy.env import Settings
-from ollamapy.lifecycle.options import MAX_THREADS, RunnerOptions
+from ollamapy.lifecycle.options import RunnerOptions
 from ollamapy.lifecycle.sizes import Beside, WeightBytes
 from ollamapy.models.config import ModelConfig
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ollamapy.api.options import Options
+from ollamapy.cores import MAX_THREADS
 from ollamapy.errors import OptionError
 
 MIN_CONTEXT = 4
 MAX_BATCH = 1 << 16  # tokens of a step; above a few thousand nothing gets faster
-MAX_THREADS = 256  # that the kernels' team can have (csrc/cpu/matmul.cpp)
 
 
 @dataclass(frozen=True, slots=True)

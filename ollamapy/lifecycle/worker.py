@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 
 from ollamapy import __version__, extension, ops
+from ollamapy.cores import physical_cores
 from ollamapy.engine.accelerator import accelerator
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.grammar import Vocabulary
@@ -29,7 +30,6 @@ from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.dialect import normalise
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.gguf.types import GGMLType
-from ollamapy.lifecycle.devices import physical_cores
 from ollamapy.lifecycle.loop import Loop, Progress
 from ollamapy.models.adapter import load_adapter
 from ollamapy.models.decoder import Decoder
@@ -46,12 +46,13 @@ NICE = 10  # of a load: a tenth of what a thread that generates gets where both 
 def build_engine(plan: Plan, progress: Progress) -> Engine:
     """Loads the model, and its draft model. Raises GGUFError, UnsupportedModel, MemoryError and what torch raises."""
     threads = plan.num_threads or physical_cores()
-    torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
+    ops.set_threads(threads, loading=True)
     kind = f"{plan.kv_dtype} KV{', precise' if plan.precise else ''}"
     log.info("loading %s on %s with %d threads, %s", Path(plan.model_path).name, plan.device, threads, kind)
     model = _yielding(lambda: _load(plan.model_path, plan, progress))
     kernels = ops.chosen()
+    log.info("kernels: %s", _by_family(kernels))
     draft = None
     if plan.draft_path:
         check_vocabularies(plan.model_path, plan.draft_path)
@@ -70,6 +71,14 @@ def build_engine(plan: Plan, progress: Progress) -> Engine:
         store=open_store(plan),
         accelerator=accelerator(torch.device(plan.device), [torch.device(span.device) for span in plan.spans]),
     )
+
+
+def _by_family(kernels: Mapping[str, str]) -> str:
+    """Of op -> family: families, each with its ops; C++ for the CPU with its instruction set."""
+    ops_of: dict[str, list[str]] = {}
+    for op, family in kernels.items():
+        ops_of.setdefault(f"csrc ({isa})" if family == "csrc" and (isa := ops.cpu_isa()) else family, []).append(op)
+    return "; ".join(f"{family}: {', '.join(served)}" for family, served in sorted(ops_of.items()))
 
 
 _SHARED_OPS = ("attention", "write_kv", "new_cache")  # one choice serves all models of a process

@@ -1,4 +1,5 @@
 // The thread team alone: `check RUNS` runs changing numbers of threads through barriers; `fork RUNS` in a child, too;
+// `throw` in some threads while others use the caller's frame;
 // `late` has a thread that is late left out, and lets it come back; `width` asks when; `time SECONDS` prints how many runs of four barriers and
 // some 80 us of work, which two threads share, get done; `idle` prints the CPU seconds that a team burns in a second without work.
 #include <sys/wait.h>
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -61,6 +63,33 @@ void check(int runs, unsigned seed) {
     for (const int times : touched)
       if (times != 2) std::abort();
     if (random() % 500 == 0) usleep(200);  // long enough for helpers to fall asleep
+  }
+}
+
+struct Thrower {
+  unsigned who;  // a bit for each thread
+  int returned = 0, count = 0;
+};
+// Whatever a thread throws the caller gets, once all have returned; and the team goes on.
+void throws() {
+  for (unsigned who = 1; who < 16; who++) {
+    Thrower job{who};
+    bool caught = false;
+    try {
+      team::run(4, [](void* argument, int thread, int count) {
+        Thrower& own = *static_cast<Thrower*>(argument);
+        if (thread == 0) own.count = count;
+        if (own.who >> thread & 1 && thread != 2) throw std::bad_alloc();
+        usleep(3000);
+        __atomic_fetch_add(&own.returned, 1, __ATOMIC_RELAXED);
+        if (own.who >> thread & 1) throw std::bad_alloc();
+      }, &job);
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    const unsigned there = who & ((1u << job.count) - 1);
+    if (caught != (there != 0) || __atomic_load_n(&job.returned, __ATOMIC_RELAXED) != job.count - __builtin_popcount(there & ~4u)) std::abort();
+    check(3, who);
   }
 }
 
@@ -153,6 +182,10 @@ int main(int argc, char** argv) {
     waitpid(child, &status, 0);
     check(std::atoi(argv[2]), 3);
     return status != 0;
+  }
+  if (argc > 1 && !strcmp(argv[1], "throw")) {
+    throws();
+    return 0;
   }
   if (argc > 1 && !strcmp(argv[1], "late")) {
     for (const int size : {2, 5}) {

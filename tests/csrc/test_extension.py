@@ -148,6 +148,21 @@ def test_a_library_of_other_sources_is_not_used(source_copy: Path, tmp_path: Pat
     assert find_library(package, settings) == (kept, "built on first use")
 
 
+def test_an_empty_library_is_not_used(source_copy: Path, tmp_path: Path) -> None:
+    (source_copy / "ollamapy" / _build.LIBRARY).touch()
+    outcome, errors = copy_report(source_copy, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert outcome[:2] == ["False", "unavailable: no C++ compiler found (no-such-compiler)"]
+    assert errors.count("the C++ kernels are unavailable") == 1 and "Traceback" not in errors
+
+
+def test_the_library_asks_for_every_feature_that_it_was_compiled_for() -> None:
+    asked = (ROOT / "csrc" / "cpu" / "select.cpp").read_text()
+    for isa in _build.X86_ISAS.values():
+        for feature in isa.features:
+            name = feature.replace("avx512_", "avx512")
+            assert f'__builtin_cpu_supports("{name}")' in asked or f"bit_{name.upper()}" in asked, feature
+
+
 def test_every_source_belongs_to_one_object_per_instruction_set() -> None:
     commands = _build.compile_commands(ROOT / "csrc", TORCH, "g++", tuple(_build.isas()))
     own = [name for name, isa in _build.isas().items() if not isa.kernels_of]

@@ -41,6 +41,10 @@ def test_a_forked_child_has_a_team_of_its_own(program: Path) -> None:
     _run(program, "fork", "200")
 
 
+def test_an_exception_reaches_the_caller_when_all_are_done(program: Path) -> None:
+    _run(program, "throw")
+
+
 @pytest.mark.parametrize("mode", ["width", "late"])
 def test_a_late_thread_is_left_out_until_it_is_not(program: Path, mode: str) -> None:
     _run(program, mode)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ollamapy import cores
 from ollamapy.env import Settings
 from ollamapy.lifecycle import devices as devices_module
-from ollamapy.lifecycle.devices import Devices, _memory_limits, physical_cores
+from ollamapy.lifecycle.devices import Devices, _memory_limits
 from ollamapy.lifecycle.fit import BASE_BYTES
 
 
@@ -27,9 +28,17 @@ def test_cores_respect_affinity() -> None:
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
-        assert physical_cores() == 1
+        assert cores.physical_cores() == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(("quota", "most"), [("100000 100000", 1), ("10000 100000", 1), ("max 100000", 1 << 10)])
+def test_cores_respect_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, most: int) -> None:
+    unlimited = cores.physical_cores()
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(cores, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert cores.physical_cores() == min(unlimited, most)
 
 
 @pytest.mark.parametrize("version", [1, 2])

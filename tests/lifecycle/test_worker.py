@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from ollamapy import extension
+from ollamapy.cores import physical_cores
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.env import Settings
 from ollamapy.errors import BadRequest, EngineError
@@ -59,7 +62,7 @@ def test_cold_start_answer_crash_and_answer_again(smollm2_path: Path, tmp_path: 
             assert stats.integrity == "ok" and stats.used_blocks == 0
             assert (await loaded.engine.embed(ids)).num_tokens == len(ids)
             assert loaded.engine.info.weight_bytes > 50 << 20
-            assert loaded.engine.info.kernels
+            assert loaded.engine.info.kernels["linear"] == "csrc" and loaded.engine.info.cpu_isa == extension.isa() != ""
             assert (
                 abs(residents._residents[(str(smollm2_path), "")].placement.weight_bytes / loaded.engine.info.weight_bytes - 1)
                 < 0.2
@@ -83,6 +86,31 @@ async def refusals(residents: Residents, model: FakeModel, tmp_path: Path) -> No
     async with residents.use(model, {}) as loaded:
         with pytest.raises(EngineError, match="600 tokens"):
             await anext(loaded.engine.generate([1] * 600, SamplingParams(max_tokens=1)))
+
+
+LOADS = """
+import logging, os, sys
+from ollamapy.engine.protocol import Plan
+from ollamapy.lifecycle import worker
+from ollamapy import ops
+logging.basicConfig(level=logging.INFO)
+most = 0
+def progress(*_):
+    global most
+    most = max(most, len(os.listdir("/proc/self/task")))
+before = len(os.listdir("/proc/self/task"))
+worker.build_engine(Plan(sys.argv[1], num_threads=1, num_blocks=8), progress)
+print(before, most)
+"""
+
+
+@pytest.mark.skipif(physical_cores() == 1, reason="nothing to leave alone")
+def test_a_load_takes_no_more_threads_than_it_may(smollm2_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LOADS, str(smollm2_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, most = map(int, done.stdout.split())
+    assert most == before + 1, "beside the thread that loads"
+    assert re.search(rf"kernels: csrc \({extension.isa()}\): .*linear.*; reference: .*rope", done.stderr)
 
 
 TOUCHES = """

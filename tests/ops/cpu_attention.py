@@ -185,6 +185,7 @@ def check_write_kv() -> None:
         # overflow, the largest half, ties, subnormals, zeros of both signs
         k[0, 0, :8] = torch.tensor([7e4, 65519.0, 1.0 + 2**-11, 1.0 + 3 * 2**-11, 2**-25, 3e-8, -0.0, -7e4])
         k[1, 0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0 + 2**-8])
+        k[2, 0, :4] = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7FC00000 - (1 << 32)]).int().view(torch.float32)  # NaN all
         slots = torch.tensor([33, 0, 15, 47])
         cpu_kernels.write_kv(k, v, cache, slots)
         keys = cache.key.permute(0, 3, 1, 2).reshape(48, 2, 16)

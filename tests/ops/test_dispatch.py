@@ -111,3 +111,18 @@ def test_moe_and_dense_weights() -> None:
     assert isinstance(dense, torch.Tensor) and torch.equal(dense, torch.ones(5))
     experts = ops.prepare(float32(torch.ones(3, 2, 4)), CPU, "linear")
     assert isinstance(experts, ops.Weight) and experts.data.shape == (3, 2, 4)
+
+
+def test_threads_go_to_whose_kernels_are_in_force(caplog: pytest.LogCaptureFixture) -> None:
+    before = torch.get_num_threads()
+    try:
+        for family, loading, expected in (("", False, 1), ("", True, 2), ("reference", False, 2), ("csrc", False, 1)):
+            ops.choose(CPU, family)
+            ops.set_threads(2, loading=loading)
+            assert torch.get_num_threads() == expected, (family, loading)
+        assert not caplog.records
+        ops.set_threads(300)
+        assert "256 threads, not 300" in caplog.text
+    finally:
+        ops.set_threads(2)
+        torch.set_num_threads(before)

@@ -77,7 +77,7 @@ INLINE void store_cache(uint8_t* head, int lane, const float* x, int length) {
         if constexpr (C == kCacheBF16) {
           uint32_t b;
           memcpy(&b, x + d, 4);
-          h = uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+          h = (b & 0x7fffffff) > 0x7f800000 ? uint16_t((b >> 16) | 0x40) : uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);  // NaN stays
         } else {
           h = half_bits(x[d]);
         }
