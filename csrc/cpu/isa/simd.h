@@ -44,6 +44,7 @@ INLINE A load_quad(const int8_t* p) { int32_t four; memcpy(&four, p, 4); return 
 template <bool wide>
 INLINE I dot4(I acc, B weight, A act) { return {_mm512_dpbusd_epi32(acc.v, weight.v, act.v)}; }
 INLINE I splat(int32_t a) { return {_mm512_set1_epi32(a)}; }
+INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <int n>
 INLINE I shift_left(I a) { return {_mm512_slli_epi32(a.v, n)}; }
 INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
