@@ -5,6 +5,7 @@ The one place here that calls `torch.cuda`. A CPU has none of it: there, the eng
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -100,6 +101,7 @@ class Cuda:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.devices = tuple(torch.device("cuda", torch.cuda.current_device()) if d.index is None else d for d in devices)
         self._pools: dict[torch.device, Any] = {}  # memory of recorded steps: they run one after the other and may share it
+        self._live: dict[torch.device, list[weakref.ref[Any]]] = {}  # recorded steps of the pool
         self._streams: dict[torch.device, Any] = {}
         self._failed: list[Any] = []
 
@@ -111,10 +113,13 @@ class Cuda:
         """A recording that failed is kept: where it could not be ended, torch's allocator asks it about each allocation still.
         The outer stream is put back whatever happens: torch leaves its own in force when a recording cannot be ended."""
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+            if not any(graph() is not None for graph in self._live.get(device, ())):  # torch forgets a pool that nothing uses
+                self._live[device], self._pools[device] = [], torch.cuda.graph_pool_handle()
+            pool = self._pools[device]
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             graph = torch.cuda.CUDAGraph()
+            self._live[device].append(weakref.ref(graph))
             stream = self._streams[device]
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

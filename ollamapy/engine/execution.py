@@ -29,7 +29,7 @@ from ollamapy.engine.sampler import Sampler
 from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.speculation import agreed
-from ollamapy.errors import EngineError, failure_text
+from ollamapy.errors import EngineError, failure_text, lacks_memory
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ class Execution:
         except torch.AcceleratorError as error:  # every later call would fail too: the process has to be replaced
             raise EngineError(f"the device {self.plan.device} failed: {error}") from error
         except Exception as error:
+            if self._made_room(error):
+                return self.run(schedule)
             log.exception("step of %d sequences failed", len(schedule))
             if len(schedule) == 1:
                 return [[Result(error=failure_text(error))]]
@@ -181,10 +183,19 @@ class Execution:
         except torch.AcceleratorError:
             raise
         except Exception as error:
+            if self._made_room(error):
+                return self._sample(hidden, sequences)
             log.exception("sampling of %d sequences failed", len(sequences))
             if len(sequences) == 1:
                 return [Result(error=failure_text(error))]
         return [self._sample(hidden[row : row + 1], [seq])[0] for row, seq in enumerate(sequences)]
+
+    def _made_room(self, error: Exception) -> bool:
+        """Whether memory was short and recorded steps have given back theirs, so that another try may have it."""
+        made = lacks_memory(error) and self.graphs is not None and self.graphs.drop()
+        if made:
+            log.warning("recorded steps are dropped to make room: %s", error)
+        return made
 
     def _draw(self, logits: Tensor, sequences: list[Sequence]) -> list[Result]:
         if self._device_sampler is not None and drawable(sequences):

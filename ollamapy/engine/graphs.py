@@ -1,9 +1,9 @@
 """Decoding steps that a device records once and does again: CUDA graphs, by number of sequences and length of block tables.
 
 A step that only decodes is padded to its bucket and copied into buffers that never move; its logits come from one replay
-instead of some 300 launches. Padding rows read and write a block of the cache that no sequence has. A bucket is recorded when
-it is used for the second time: the first one compiles its kernels, which cannot be done while recording. So a server starts at
-once, and records what its load asks for. Knows no CUDA: `Accelerator.record` does it.
+instead of some 300 launches, into memory that all buckets share. Padding rows read and write a block of the cache that no
+sequence has. A bucket is recorded when it is used for the second time: the first one compiles its kernels, which cannot be done
+while recording. So a server starts at once, and records what its load asks for. Knows no CUDA: `Accelerator.record` does it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 FIRST_TOKENS = 1024  # context of the shortest block tables; each longer bucket has four times that
 FINE, COARSE = 8, 16  # buckets are multiples of FINE up to FINE_MOST sequences, of COARSE above
 FINE_MOST = 64
-MAX_BYTES = 2 << 30  # memory of recorded steps; the one that was not used for the longest time goes first
-MAX_GRAPHS = 96
+MAX_BYTES = 256 << 20  # of recorded steps beside their logits: what `memory` keeps from the blocks for them
+MAX_GRAPHS = 96  # the one that was not used for the longest time goes first
 
 
 def seqs_bucket(count: int) -> int:
@@ -52,6 +52,11 @@ def width_bucket(width: int, block_size: int, context_length: int) -> int:
     return min(bucket, most)
 
 
+def longest_context(plan: Plan) -> int:
+    """Most tokens that a sequence may have."""
+    return plan.max_context or plan.context_length
+
+
 def recordable(step: Schedule) -> bool:
     """Whether a step does nothing but decode a token of each sequence, by the model's own weights."""
     return all(
@@ -68,26 +73,34 @@ class _Bucket:
     wide: list[Tensor]
     narrow: list[Tensor]
     batch: Batch
-    logits: Tensor | None = None
     recorded: Recorded | None = None
     used: bool = False
-    refused: bool = False  # there was no memory to record it
-    nbytes: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.shape.num_seqs, self.shape.width
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (*self.wide, *self.narrow))
 
 
 class Graphs:
-    """Recorded steps of one model. `run` computes a batch's logits; `scratch` is the block of padding rows."""
+    """Recorded steps of one model. `run` computes a batch's logits (n, V); `scratch` is the block of padding rows."""
 
     def __init__(self, run: Callable[[Batch], Tensor], accelerator: Accelerator, plan: Plan, scratch: int) -> None:
         self._run, self._accelerator, self._plan, self._scratch = run, accelerator, plan, scratch
+        self._logits: Tensor | None = None  # of any bucket, once a step has told how many columns they have
         self._buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
+        self._pool_bytes = 0  # which all recordings share: none of it is given back before all of them are gone
+        self._refused: set[tuple[int, int]] = set()  # there was no memory to record them
         self.off = ""  # why nothing is recorded any more
         self.num_recorded = self.num_replayed = self.num_evicted = 0
 
     @property
     def nbytes(self) -> int:
-        """Memory of all that is recorded now."""
-        return sum(bucket.nbytes for bucket in self._buckets.values())
+        """Memory of all that is recorded now, beside the logits."""
+        return self._pool_bytes + sum(bucket.nbytes for bucket in self._buckets.values())
 
     @property
     def keys(self) -> list[tuple[int, int]]:
@@ -96,7 +109,8 @@ class Graphs:
 
     @property
     def facts(self) -> dict[str, int | str]:
-        """`state`: "on", or why nothing is recorded; then `steps` (sequences x blocks), `bytes`, `replayed`, `evicted`."""
+        """`state`: "on", or why nothing is recorded; then `steps` (sequences x blocks), `bytes`, and how many were replayed,
+        evicted, and refused for want of memory."""
         if self.off:
             return {"state": self.off}
         steps = ", ".join(f"{seqs} x {blocks}" for seqs, blocks in sorted(self.keys)) or "none yet"
@@ -107,6 +121,7 @@ class Graphs:
             "bytes": self.nbytes,
             "replayed": self.num_replayed,
             "evicted": self.num_evicted,
+            "refused": len(self._refused),
         }
 
     def logits(self, step: Schedule, feed: Feed | None = None) -> Tensor | None:
@@ -117,19 +132,36 @@ class Graphs:
         self._copy(step, bucket)
         if feed is not None:
             feed(bucket.batch.token_ids[: len(step)])
-        if not bucket.used or (bucket.recorded is None and not self._record(bucket)):
-            logits = self._run(bucket.batch)[: len(step)]
-            bucket.used = True  # only now: one that failed has not compiled all of its kernels
-            return logits
+        if bucket.recorded is None and (self._logits is None or not bucket.used or bucket.key in self._refused):
+            return self._launched(bucket)[: len(step)]
+        assert self._logits is not None
+        if bucket.recorded is None and not self._record(bucket, self._logits[: bucket.shape.num_seqs]):
+            return self._launched(bucket)[: len(step)]
         assert bucket.recorded is not None
         bucket.recorded.replay()
-        assert bucket.logits is not None
         self.num_replayed += 1
-        return bucket.logits[: len(step)]
+        return self._logits[: len(step)]
+
+    def _launched(self, bucket: _Bucket) -> Tensor:
+        """(n, V) of a step that is not recorded."""
+        logits = self._run(bucket.batch)
+        if self._logits is None:
+            self._logits = torch.empty(seqs_bucket(self._plan.max_num_seqs), logits.shape[1], device=logits.device)
+        bucket.used = True  # only now: one that failed has not compiled all of its kernels
+        return logits
+
+    def drop(self) -> bool:
+        """Gives all memory but that of the logits back; whether there was any. What is used from then on is recorded again."""
+        held = bool(self.keys)
+        self.num_evicted += len(self.keys)
+        self._buckets.clear()
+        self._pool_bytes = 0
+        self._accelerator.release()
+        return held
 
     def _bucket(self, step: Schedule) -> _Bucket:
         plan, sequences = self._plan, step.sequences
-        width = width_bucket(max(seq.num_blocks for seq in sequences), plan.block_size, plan.max_context or plan.context_length)
+        width = width_bucket(max(seq.num_blocks for seq in sequences), plan.block_size, longest_context(plan))
         key = seqs_bucket(len(sequences)), width
         found = self._buckets.pop(key, None) or self._new(*key, len(sequences[0].block_tables))
         self._buckets[key] = found
@@ -140,7 +172,7 @@ class Graphs:
         devices = self._accelerator.devices
         wide = [torch.zeros(shape.num_wide, dtype=torch.int64, device=device) for device in devices]
         narrow = [torch.zeros(shape.num_narrow, dtype=torch.int32, device=device) for device in devices]
-        longest = max(width * self._plan.block_size, 1)
+        longest = min(width * self._plan.block_size, longest_context(self._plan))
         batches = [as_batch(shape, *buffers, [1] * count, [longest] * count) for buffers in zip(wide, narrow, strict=True)]
         elsewhere = dict(zip(devices[1:], batches[1:], strict=True))
         return _Bucket(shape, wide, narrow, replace(batches[0], elsewhere=elsewhere))
@@ -159,37 +191,45 @@ class Graphs:
             for buffer in buffers:
                 buffer.copy_(source, non_blocking=True)
 
-    def _record(self, bucket: _Bucket) -> bool:
+    def _record(self, bucket: _Bucket, logits: Tensor) -> bool:
         """Whether that went well. Where it does not, no step is recorded from then on; where memory is short, not this one."""
-        if bucket.refused:
-            return False
 
         def run(move: Move) -> None:
-            bucket.logits = self._run(replace(bucket.batch, move=move))
+            logits.copy_(self._run(replace(bucket.batch, move=move)))
 
         self._accelerator.release()  # or what torch holds unused would hide what this takes
         before = self._accelerator.reserved_bytes()
         try:
             bucket.recorded = self._accelerator.record(run)
         except torch.OutOfMemoryError:
-            log.warning("no memory to record a step of %d sequences and %d blocks", bucket.shape.num_seqs, bucket.shape.width)
-            bucket.refused, bucket.logits = True, None
+            self._refuse(bucket.key)
             return False
         except Exception as error:  # a device that is lost fails again in the step itself
             self.off = f"off: recording a step of {bucket.shape.num_seqs} failed ({type(error).__name__}: {error})"
             log.exception("steps are not recorded any more")
             self._buckets.clear()
             return False
-        bucket.nbytes = max(self._accelerator.reserved_bytes() - before, 0)
+        taken = max(self._accelerator.reserved_bytes() - before, 0)
+        self._pool_bytes += taken
+        if self.nbytes > MAX_BYTES:
+            bucket.recorded = None
+            if taken > MAX_BYTES // 2:
+                self._refuse(bucket.key)
+            else:
+                self.drop()
+            return False
         self.num_recorded += 1
-        log.info("recorded a step of %d sequences and %d blocks", bucket.shape.num_seqs, bucket.shape.width)
-        self._evict()
-        return True
-
-    def _evict(self) -> None:
-        while len(self._buckets) > 1 and (self.nbytes > MAX_BYTES or len(self._buckets) > MAX_GRAPHS):
+        log.info("recorded a step of %d sequences and %d blocks", *bucket.key)
+        while len(self._buckets) > MAX_GRAPHS:
             self._buckets.popitem(last=False)
             self.num_evicted += 1
+        return True
+
+    def _refuse(self, key: tuple[int, int]) -> None:
+        """One that takes too much; what it has taken comes back with all the rest only."""
+        log.warning("no memory to record a step of %d sequences and %d blocks", *key)
+        self._refused.add(key)
+        self.drop()
 
 
 def _pad(parts: Parts, count: int, scratch: int, block_size: int) -> None:

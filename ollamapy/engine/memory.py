@@ -12,8 +12,10 @@ import msgspec
 import torch
 
 from ollamapy.engine.accelerator import Accelerator
+from ollamapy.engine.batch import Batch
 from ollamapy.engine.build import build_batch
 from ollamapy.engine.device_sampler import DeviceSampler
+from ollamapy.engine.graphs import MAX_BYTES, longest_context, seqs_bucket
 from ollamapy.engine.protocol import Plan, SamplingParams
 from ollamapy.engine.runner import Model, ModelRunner
 from ollamapy.engine.sampler import Sampler
@@ -24,7 +26,6 @@ from ollamapy.errors import EngineError
 log = logging.getLogger(__name__)
 
 MARGIN = 1.1  # times the measured activations: what the allocator rounds up and cannot put together again
-RECORDED = 256 << 20  # bytes for recorded steps; they stop at `graphs.MAX_BYTES`, and blocks cannot be given back for them
 SHRINK = 0.9  # of the blocks, where the device has not the memory after all
 WIDEST = SamplingParams(temperature=1.0, top_k=0, top_p=0.9)  # draws from the whole vocabulary, sorted
 
@@ -57,11 +58,12 @@ def shortage(asked: Plan, plan: Plan) -> tuple[str, ...]:
 
 def _fitted(model: Model, plan: Plan, accelerator: Accelerator) -> Plan:
     """With as many blocks as the device with the least room has for its layers' part of them."""
-    taken = _measured(model, plan, accelerator)
+    taken, logits = _measured(model, plan, accelerator)
     accelerator.release()
     fitting = []
     for device, (peak, per_block) in zip(accelerator.devices, taken, strict=True):
-        reserve = plan.reserve_bytes + int(MARGIN * peak) + (RECORDED if plan.cuda_graphs else 0)
+        recorded = MAX_BYTES + (logits if device == accelerator.devices[0] else 0)
+        reserve = plan.reserve_bytes + int(MARGIN * peak) + (recorded if plan.cuda_graphs else 0)
         room = accelerator.free_bytes(device) - reserve
         log.info(
             "%s: activations take %d MiB, a KV block %d KiB, %d MiB are left", device, peak >> 20, per_block >> 10, room >> 20
@@ -72,29 +74,53 @@ def _fitted(model: Model, plan: Plan, accelerator: Accelerator) -> Plan:
     return msgspec.structs.replace(plan, num_blocks=count)
 
 
-def _measured(model: Model, plan: Plan, accelerator: Accelerator) -> list[tuple[int, int]]:
-    """On each device, bytes of the largest step beside weights and caches, and of a block."""
-    length = min(plan.max_batch_tokens, plan.context_length)
-    count = max(plan.max_batch_tokens // length, 1)
-    groups, blocks = len(plan.groups) or 1, -(-length // plan.block_size)
-    total = groups * count * blocks
-    runner = ModelRunner(model, msgspec.structs.replace(plan, num_blocks=total))
-    sequences = []
-    for number in range(count):
-        seq = Sequence(number, array("q", bytes(8 * length)), WIDEST, plan.context_length, 0)
-        starts = [(group * count + number) * blocks for group in range(groups)]
-        seq.block_tables = [array("i", range(start, start + blocks)) for start in starts]
-        sequences.append(seq)
-    batch = build_batch(Schedule(sequences, [length] * count), plan.block_size, runner.device)
+def _measured(model: Model, plan: Plan, accelerator: Accelerator) -> tuple[list[tuple[int, int]], int]:
+    """On each device, bytes of the largest step beside weights and caches, and of a block; bytes of recorded steps' logits.
 
-    def step() -> None:
-        hidden = runner.forward(batch)
+    The largest is one of prompts, or one that decodes: attention over long contexts has parts of each row's sums to itself.
+    """
+    length = min(plan.max_batch_tokens, plan.context_length)
+    count, rows = max(plan.max_batch_tokens // length, 1), plan.max_num_seqs
+    num_groups = len(plan.groups) or 1
+    total = num_groups * max(count * -(-length // plan.block_size), rows)
+    runner = ModelRunner(model, msgspec.structs.replace(plan, num_blocks=total))
+    prompts, columns = _batch(plan, runner, [length] * count), 0
+    decoding = _batch(plan, runner, [1] * rows)
+    for each in (decoding, *decoding.others):
+        each.context_lens = [longest_context(plan)] * rows  # a bound, as recorded steps have it
+    seq = _sequence(0, length, plan)
+
+    def prefill() -> None:
+        nonlocal columns
+        hidden = runner.forward(prompts)
         if model.config.causal:  # as many rows as a step has at most, each drawn in the most expensive way
-            rows = plan.max_num_seqs
             logits = runner.logits(hidden[:1].expand(rows, -1).contiguous())
-            DeviceSampler(Sampler(), accelerator.fetch).start(logits, [sequences[0]] * rows).results()
+            columns = logits.shape[1]
+            DeviceSampler(Sampler(), accelerator.fetch).start(logits, [seq] * rows).results()
+
+    def decode() -> None:
+        runner.logits(runner.forward(decoding))
 
     with torch.inference_mode():
-        peaks = accelerator.peak_bytes(step)
+        peaks = accelerator.peak_bytes(prefill)
+        if model.config.causal:
+            peaks = list(map(max, peaks, accelerator.peak_bytes(decode)))
     sizes = [sum(each.nbytes for each in runner.tensors if each.device == device) for device in accelerator.devices]
-    return [(peak, size // total) for peak, size in zip(peaks, sizes, strict=True)]
+    taken = [(peak, size // total) for peak, size in zip(peaks, sizes, strict=True)]
+    return taken, seqs_bucket(rows) * columns * torch.float32.itemsize
+
+
+def _sequence(number: int, length: int, plan: Plan) -> Sequence:
+    return Sequence(number, array("q", bytes(8 * length)), WIDEST, plan.context_length, 0)
+
+
+def _batch(plan: Plan, runner: ModelRunner, lengths: list[int]) -> Batch:
+    """Whole prompts of so many tokens, each in blocks of its own."""
+    sequences, first = [], 0
+    for number, length in enumerate(lengths):
+        seq, blocks = _sequence(number, length, plan), -(-length // plan.block_size)
+        for _ in plan.groups or (None,):
+            seq.block_tables.append(array("i", range(first, first + blocks)))
+            first += blocks
+        sequences.append(seq)
+    return build_batch(Schedule(sequences, lengths), plan.block_size, runner.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ollamapy.layers.layer import Declared, Layer
 from ollamapy.layers.spec import Rope, RopeScaling
 
-FIRST_POSITIONS = 1024  # rows of a new table; it doubles when a position lies beyond
+FIRST_POSITIONS = 1024  # rows of a new table on a CPU; it doubles when a position lies beyond
 
 
 class RopeFactors(Layer):
@@ -72,39 +72,29 @@ def _log_magnitude(factor: float, multiplier: float) -> float:
 
 
 class RotaryTable:
-    """Cosines and sines by position, (positions, n_rot), as `ops.rope` wants them; grows when asked for more positions."""
+    """Cosines and sines by position. On a CPU it grows when it is asked for more positions; elsewhere `positions` are all that
+    there are, so that the memory is taken before KV blocks get the rest, and recorded steps find it where it was."""
 
-    def __init__(self, inverse: Tensor, magnitude: float, interleaved: bool, device: torch.device) -> None:
+    def __init__(
+        self, inverse: Tensor, magnitude: float, interleaved: bool, device: torch.device, positions: int = FIRST_POSITIONS
+    ) -> None:
         self._inverse, self._magnitude, self._interleaved, self._device = inverse, magnitude, interleaved, device
-        self._turns = inverse.new_empty(0, 2 * inverse.shape[0])
-        self._outgrown: list[Tensor] = []  # on a GPU: a recorded step reads them where they lie
-        self._build(FIRST_POSITIONS)
+        self._build(FIRST_POSITIONS if device.type == "cpu" else positions)
 
     def turns(self, length: int) -> Tensor:
         """(at least `length`, n_rot): the cosines of the pairs, then their sines, as `ops.stack` wants them."""
         if length > self._turns.shape[0]:
-            rows = max(FIRST_POSITIONS, 1 << (length - 1).bit_length())
-            angles = torch.arange(rows, dtype=torch.float32).unsqueeze(1) * self._inverse
-            self._keep(self._turns)
-            self._turns = torch.cat((angles.cos(), angles.sin()), -1).mul_(self._magnitude).to(self._device)
+            assert self._device.type == "cpu", f"{length} positions of a table of {self._turns.shape[0]}"
+            self._build(1 << (length - 1).bit_length())
         return self._turns
 
     def rows(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (n, 1, n_rot) of positions (n,) that lie below `length`."""
-        if length > self._cos.shape[0]:
-            self._keep(self._cos, self._sin)
-            self._build(1 << (length - 1).bit_length())
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-
-    def _keep(self, *tables: Tensor) -> None:
-        if self._device.type != "cpu":
-            self._outgrown += tables
+        """cos and sin (n, 1, n_rot), as `ops.rope` wants them, of positions (n,) that lie below `length`."""
+        cos, sin = self.turns(length)[positions].unsqueeze(1).chunk(2, -1)
+        if self._interleaved:
+            return torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def _build(self, length: int) -> None:
         angles = torch.arange(length, dtype=torch.float32).unsqueeze(1) * self._inverse
-        cos, sin = angles.cos().mul_(self._magnitude), angles.sin().mul_(self._magnitude)
-        if self._interleaved:
-            pairs = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
-        else:
-            pairs = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        self._cos, self._sin = pairs[0].to(self._device), pairs[1].to(self._device)
+        self._turns = torch.cat((angles.cos(), angles.sin()), -1).mul_(self._magnitude).to(self._device)

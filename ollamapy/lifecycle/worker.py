@@ -92,6 +92,7 @@ def _load(path: str, plan: Plan, progress: Progress) -> Decoder:
             device,
             progress,
             context_length=plan.context_length,
+            longest=plan.max_context,
             kernels=plan.kernels,
             precise=plan.precise,
             spans=plan.spans if path == plan.model_path else (),

@@ -98,10 +98,10 @@ class Decoder(Module):
         """Of q k^T, where the file does not give it."""
         return 1.0 / math.sqrt(key_length)
 
-    def place(self, device: torch.device, spans: Sequence[LayerSpan] = ()) -> None:
+    def place(self, device: torch.device, spans: Sequence[LayerSpan] = (), longest: int = 0) -> None:
         """Before the tensors are loaded: the embedding, the head and what belongs to no layer go to `device`, layers to those
-        of `spans`, or there too."""
-        self.device = device
+        of `spans`, or there too. No sequence will have more tokens than `longest`; 0: than `context_length`."""
+        self.device, self._longest = device, max(longest, self.context_length)
         starts = [0, *accumulate(span.num_layers for span in spans)]
         self.spans = [
             (range(start, start + span.num_layers), torch.device(span.device))
@@ -129,7 +129,8 @@ class Decoder(Module):
         inverse = inverse_frequencies(rope, self._divisors(rope))
         long = self.rope_factors_long is not None  # not every converter writes the type too
         scaling = replace(rope.scaling, type="longrope") if long else rope.scaling
-        return RotaryTable(inverse, magnitude(scaling, self.config.context_length), self.traits.interleaved_rope, device)
+        factor = magnitude(scaling, self.config.context_length)
+        return RotaryTable(inverse, factor, self.traits.interleaved_rope, device, self._longest)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, caches: Sequence[KVCache]) -> Tensor:

@@ -40,6 +40,7 @@ def load_model(
     progress: Progress | None = None,
     *,
     context_length: int = 0,
+    longest: int = 0,
     kernels: str = "",
     precise: bool = False,
     spans: Sequence[LayerSpan] = (),
@@ -47,7 +48,8 @@ def load_model(
     """A model ready to run, its weights in the form of the kernels that the device allows; `kernels` forces a family of them,
     `precise` those that keep activations in the precision of float32.
 
-    `context_length` is the longest sequence that will be run (0: what the file says); longrope models choose factors by it.
+    `context_length` is what sequences are expected to have at most (0: what the file says); longrope models choose factors by
+    it. Some may have up to `longest` tokens.
     `spans` put layers on other devices than `device`.
     Raises UnsupportedModel for an architecture, tensors or shapes that cannot be run, naming them. Weights that are used as
     they lie in the file stay mapped after the file is closed.
@@ -61,7 +63,7 @@ def load_model(
         log.info("leaving out %d vision and audio tensors: only text is supported", len(skipped))
     shapes = {name: tensor.shape for name, tensor in tensors.items() if name not in skipped}
     model = _architecture(config.architecture)(config, shapes, context_length)
-    model.place(device, spans)
+    model.place(device, spans, longest)
     wanted = [
         (layer, key, declared, declared.sources or (name,), _device(model, name))
         for name, layer, key, declared in declared_tensors(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +14,7 @@ from torch import Tensor
 from ollamapy.engine.batch import Move
 
 
-@dataclass
+@dataclass(eq=False)
 class Rerun:
     run: Callable[[], None]
 
@@ -34,15 +36,18 @@ class Emulated:
     waiting: int = 0  # fetches that were not waited for
     most_waiting: int = 0
     num_released: int = 0
-    recorded: list[Rerun] = field(default_factory=list)
+    num_recorded: int = 0
+    _live: list[weakref.ref[Rerun]] = field(default_factory=list)
     devices: tuple[torch.device, ...] = (torch.device("cpu"),)
 
     def record(self, run: Callable[[Move], None]) -> Rerun:
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.reserved += self.per_graph
-        self.recorded.append(Rerun(partial(run, Tensor.to)))
-        return self.recorded[-1]
+        self.num_recorded += 1
+        made = Rerun(partial(run, Tensor.to))
+        self._live.append(weakref.ref(made))
+        return made
 
     def host(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype).fill_(1 << 30)  # what it held before
@@ -61,6 +66,9 @@ class Emulated:
 
     def release(self) -> None:
         self.num_released += 1
+        gc.collect()
+        if not any(each() is not None for each in self._live):  # recorded steps share their memory
+            self.reserved = 0
 
     def free_bytes(self, device: torch.device) -> int:
         return self.free

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ollamapy.engine.accelerator import Cuda
+from ollamapy.engine.accelerator import Cuda, Recorded
 from ollamapy.engine.batch import Move
 
 ONE, TWO = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+class Graph:
+    ended = False
+    stream = pool = None
+
+    def __init__(self, fake: Fake) -> None:
+        self._fake = fake
+
+    def replay(self) -> None:
+        self._fake.replayed.append(self)
 
 
 class Fake:
@@ -46,10 +57,8 @@ class Fake:
         self.num_streams += 1
         return device.index, f"stream {self.num_streams}"
 
-    def new_graph(self) -> SimpleNamespace:
-        graph = SimpleNamespace(ended=False)
-        graph.replay = lambda: self.replayed.append(graph)
-        return graph
+    def new_graph(self) -> Graph:
+        return Graph(self)
 
     @contextmanager
     def graph(self, graph: Any, pool: Any, stream: tuple[int, str], capture_error_mode: str) -> Iterator[None]:
@@ -109,6 +118,28 @@ def test_a_recording_without_memory(fake: Fake) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         cuda.record(run)
     assert fake.current[0] == (0, "default") and not cuda._failed
+
+
+def test_a_pool_that_nothing_uses_is_not_used_again(fake: Fake) -> None:
+    """Torch refuses the handle of a pool that it has given back."""
+    cuda, pools = Cuda([ONE]), []
+
+    def record() -> Recorded:
+        made = cuda.record(lambda move: None)
+        made.replay()
+        pools.append(fake.replayed.pop().pool)
+        return made
+
+    first = record()
+    second = record()
+    assert pools[0] is pools[1]
+    del first
+    third = record()
+    assert pools[2] is pools[1], "the second is there still"
+    del second, third
+    gc.collect()
+    record()
+    assert pools[3] is not pools[2]
 
 
 def test_pieces(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

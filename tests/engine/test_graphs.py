@@ -9,6 +9,7 @@ import torch
 
 from ollamapy.engine import graphs
 from ollamapy.engine.graphs import seqs_bucket, width_bucket
+from ollamapy.engine.schedule import Schedule
 from tests.engine.device import Emulated
 from tests.engine.fake import GROUPS, VOCAB, FakeModel, Run, alone
 
@@ -54,7 +55,7 @@ def test_same_answers_while_requests_come_and_go(groups: tuple[object, ...]) -> 
         assert request == 9 or len(answer.tokens) == len(want.tokens)
     found = graphs_of(run)
     assert found.num_replayed > 5 and {seqs for seqs, _ in found.keys} <= {1, 2, 4, 8, 16, 24}
-    assert found.num_recorded == len(device.recorded) == len(found.keys)
+    assert found.num_recorded == device.num_recorded == len(found.keys)
 
 
 def test_a_bucket_is_recorded_at_its_second_use() -> None:
@@ -64,18 +65,18 @@ def test_a_bucket_is_recorded_at_its_second_use() -> None:
     run.add(0, PROMPT, max_tokens=30)
     run.step()  # the prompt
     run.step()
-    assert not device.recorded
+    assert not device.num_recorded
     run.step()
-    assert graphs_of(run).keys == [(1, 16)] and graphs_of(run).nbytes == device.per_graph
+    assert graphs_of(run).keys == [(1, 16)] and 0 < graphs_of(run).nbytes - device.per_graph < 1 << 10, "and its buffers"
     for _ in range(5):
         run.step()
-    assert len(device.recorded) == 1 and graphs_of(run).num_replayed == 6
+    assert device.num_recorded == 1 and graphs_of(run).num_replayed == 6
     run.add(1, PROMPT, max_tokens=30)
     for _ in range(4):
         run.step()
     assert graphs_of(run).keys == [(1, 16), (2, 16)]
     assert run.engine.stats().graphs == {
-        **{"state": "on", "steps": "1 x 16, 2 x 16", "bytes": 2 * device.per_graph, "evicted": 0},
+        **{"state": "on", "steps": "1 x 16, 2 x 16", "bytes": graphs_of(run).nbytes, "evicted": 0, "refused": 0},
         "replayed": graphs_of(run).num_replayed,
     }
 
@@ -94,17 +95,63 @@ def test_padding_changes_no_block_of_a_sequence() -> None:
     run.drain()
 
 
-def test_the_one_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Emulated(per_graph=graphs.MAX_BYTES // 2)
+def growing(device: Emulated) -> tuple[Run, graphs.Graphs]:
+    """1, 2, 4 and 8 sequences, so that a bucket of each is used."""
     run = recorded_run(device)
     for request, length in enumerate((40, 30, 20, 20, 20)):
         run.add(request, [*PROMPT, request], max_tokens=length)
         for _ in range(4):
             run.step()
     found = graphs_of(run)
-    assert found.num_evicted and found.nbytes <= graphs.MAX_BYTES and found.keys[-1] == (8, 16)
     for request, answer in run.drain().items():
         assert answer.tokens == alone([*PROMPT, request], max_tokens=(40, 30, 20, 20, 20)[request]).tokens
+    return run, found
+
+
+def test_the_one_unused_for_longest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    _, found = growing(Emulated())
+    assert found.num_evicted and len(found.keys) == 2 and found.keys[-1] == (1, 16)
+
+
+def test_recorded_steps_that_take_too_much_are_made_anew() -> None:
+    """What they share is given back when all of them are gone."""
+    device = Emulated(per_graph=graphs.MAX_BYTES // 3)
+    _, found = growing(device)
+    assert found.num_evicted and found.nbytes <= graphs.MAX_BYTES
+    assert found.num_recorded < device.num_recorded and found.nbytes - device.reserved < 1 << 16, "their buffers are small"
+
+
+def test_a_step_that_takes_too_much_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    device = Emulated(per_graph=graphs.MAX_BYTES + 1)
+    run, found = growing(device)
+    assert not found.keys and not device.reserved and found.nbytes < 1 << 16
+    assert device.num_recorded == 4, "each bucket once"
+    told = [record.message for record in caplog.records if "no memory to record" in record.message]
+    assert len(told) == 4 and "8 sequences and 16 blocks" in told[-1]
+    assert run.engine.stats().graphs["refused"] == 4
+
+
+def test_recorded_steps_share_their_logits() -> None:
+    """Or each bucket would keep its own: 150 MB for 1 to 64 sequences of a vocabulary of 128 k."""
+    run = recorded_run(Emulated())
+    found, places = graphs_of(run), []
+    computed = found.logits
+
+    def watched(step: Schedule, feed: graphs.Feed | None = None) -> torch.Tensor | None:
+        replayed = found.num_replayed
+        logits = computed(step, feed)
+        if logits is not None and found.num_replayed > replayed:
+            places.append((logits.data_ptr(), len(step)))
+        return logits
+
+    found.logits = watched  # type: ignore[method-assign]
+    for request in range(4):
+        run.add(request, [*PROMPT, request], max_tokens=20)
+        for _ in range(4):
+            run.step()
+    run.drain()
+    assert len({count for _, count in places}) == 4 and len({place for place, _ in places}) == 1
 
 
 def test_a_device_that_cannot_record_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,10 +174,10 @@ def test_what_is_not_recorded() -> None:
     run.drain()
     run.embed(5, [9])
     run.drain()
-    assert not device.recorded
+    assert not device.num_recorded
     off = recorded_run(device, cuda_graphs=False)
     assert off.one(PROMPT, max_tokens=9).tokens == alone(PROMPT, max_tokens=9).tokens
-    assert off.engine.stats().graphs == {"state": "off: OLLAMAPY_CUDA_GRAPHS=0"} and not device.recorded
+    assert off.engine.stats().graphs == {"state": "off: OLLAMAPY_CUDA_GRAPHS=0"} and not device.num_recorded
     assert Run().engine.stats().graphs == {}
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.engine.batch import Batch, KVCache
-from ollamapy.engine.memory import MARGIN, RECORDED
+from ollamapy.engine.graphs import MAX_BYTES
+from ollamapy.engine.memory import MARGIN
 from ollamapy.engine.protocol import Caller, LayerGroup, LayerSpan
 from tests.engine.fake import GROUPS, HIDDEN, VOCAB, FakeModel, Run, alone
 from tests.engine.late import Handle, Late
@@ -189,7 +190,10 @@ def test_churn(seed: int, devices: int) -> None:
 def test_the_device_with_the_least_room_decides(blocks: tuple[int, int], least: int) -> None:
     """A layer on each of two devices, whose steps take different memory."""
     peaks, half = (5000, 9000), 2 * 2 * 4 * 4  # bytes of a block: key and value of two float32 numbers, four tokens
-    free = [(count + 1) * half + int(MARGIN * peak) + RECORDED + 700 for count, peak in zip(blocks, peaks, strict=True)]
+    recorded = MAX_BYTES + 64 * VOCAB * 4, MAX_BYTES  # the first device has the logits
+    free = [
+        (count + 1) * half + int(MARGIN * peak) + kept + 700 for count, peak, kept in zip(blocks, peaks, recorded, strict=True)
+    ]
     settings = {"context_length": 64, "max_batch_tokens": 100, "num_blocks": 100, "least_blocks": 16, "most_blocks": 400}
     with running(1, 2, free, peaks, reserve_bytes=700, **settings) as (_, run):
         assert run.engine.info().num_blocks == least

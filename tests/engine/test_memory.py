@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
-from ollamapy.engine.batch import KVCache
-from ollamapy.engine.memory import MARGIN, RECORDED
+from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.engine.graphs import MAX_BYTES
+from ollamapy.engine.memory import MARGIN
 from ollamapy.engine.protocol import LayerGroup
 from ollamapy.errors import EngineError
 from tests.engine.device import Emulated
-from tests.engine.fake import GROUPS, FakeModel, Run, alone
+from tests.engine.fake import GROUPS, VOCAB, FakeModel, Run, alone
 
 PROMPT = [5, 3, 8, 1, 9, 2, 7]
 PLAN: dict[str, object] = {
@@ -23,6 +24,7 @@ PLAN: dict[str, object] = {
     "most_blocks": 400,
 }
 BLOCK = 2 * 2 * 2 * 4 * 4  # bytes: two layers, key and value of two float32 numbers, four tokens
+LOGITS = 64 * VOCAB * 4  # bytes that recorded steps share: float32 rows of the widest step
 
 
 class Small(FakeModel):
@@ -40,7 +42,7 @@ class Small(FakeModel):
 
 def free_for(blocks: int, peak: int, reserve: int = 0) -> int:
     """Bytes of a device that has room for so many blocks, and one of padding, beside a step's peak."""
-    return (blocks + 1) * BLOCK + int(MARGIN * peak) + RECORDED + reserve
+    return (blocks + 1) * BLOCK + int(MARGIN * peak) + MAX_BYTES + LOGITS + reserve
 
 
 @pytest.mark.parametrize(
@@ -59,11 +61,30 @@ def test_what_is_left_is_for_blocks(room: int, blocks: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [(), GROUPS])
-def test_the_largest_step_is_the_one_that_is_measured(groups: object) -> None:
+def test_the_largest_steps_are_those_that_are_measured(groups: object) -> None:
     run = Run(device=Emulated(), groups=groups, **PLAN)
-    assert run.model.batch_sizes == [(1, 64)], "a context; 100 tokens of one are not possible"
-    more = Run(device=Emulated(), groups=groups, **{**PLAN, "max_batch_tokens": 200})
-    assert more.model.batch_sizes == [(3, 192)]
+    assert run.model.batch_sizes == [(1, 64), (64, 64)], "a context; 100 tokens of one are not possible"
+    more = Run(device=Emulated(), groups=groups, **{**PLAN, "max_batch_tokens": 200, "max_num_seqs": 9})
+    assert more.model.batch_sizes == [(3, 192), (9, 9)]
+
+
+def test_a_wide_step_that_decodes_may_take_the_most() -> None:
+    """Attention over long contexts gives parts of a row's keys to programs of their own, which have sums of their own."""
+    longest: list[int] = []
+
+    class Scratch(FakeModel):
+        def forward(self, batch: Batch, caches: Sequence[KVCache]) -> torch.Tensor:
+            longest[:] = [len(batch.query_lens) * max(each.context_lens) for each in batch.groups]
+            return super().forward(batch, caches)
+
+    class Wide(Emulated):
+        def peak_bytes(self, run: Callable[[], None]) -> list[int]:
+            run()
+            return [max(longest)]
+
+    free = free_for(130, peak=64 * 96)
+    run = Run(Scratch(), device=Wide(free=free), least_blocks=16, groups=GROUPS, **{**PLAN, "max_context": 96})
+    assert run.engine.info().num_blocks == 261, "half the bytes: layers of two groups share them"
 
 
 def test_fewer_blocks_where_memory_is_short_after_all() -> None:
@@ -80,7 +101,30 @@ def test_not_even_one_context() -> None:
     model = Small()
     model.room = 20
     with pytest.raises(EngineError, match="no memory for a KV cache of 100 tokens"):
-        Run(model, device=Emulated(), **{**PLAN, "least_blocks": 25, "max_batch_tokens": 16})
+        Run(model, device=Emulated(), **{**PLAN, "least_blocks": 25, "max_batch_tokens": 16, "max_num_seqs": 4})
+
+
+def test_recorded_steps_make_room_for_a_prompt() -> None:
+    """Their memory cannot be used by others: a prompt that finds none has it back, and is run again."""
+
+    class Tight(FakeModel):
+        def forward(self, batch: Batch, caches: Sequence[KVCache]) -> torch.Tensor:
+            if batch.num_tokens > 20 and device.reserved:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(batch, caches)
+
+    device = Emulated()
+    run = Run(Tight(), device=device)
+    graphs = run.engine.execution.graphs
+    assert graphs is not None
+    run.add(0, PROMPT, max_tokens=60)
+    while not graphs.keys:
+        run.step()
+    run.add(1, PROMPT * 4, max_tokens=20)
+    run.drain()
+    assert graphs.num_evicted == 1 and graphs.num_recorded > 1, "recorded again afterwards"
+    assert run.answers[0].tokens == alone(PROMPT, max_tokens=60).tokens
+    assert run.answers[1].tokens == alone(PROMPT * 4, max_tokens=20).tokens
 
 
 def test_a_step_without_memory_fails_nobody_who_fits_alone() -> None:
