@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable
 
 from ollamapy import ops
@@ -28,6 +29,7 @@ from ollamapy.engine.prefix_store import PrefixStore
 from ollamapy.engine.prefixes import Prefixes
 from ollamapy.engine.protocol import (
     NOBODY,
+    STEP_TOKENS,
     Caller,
     Embedding,
     EngineInfo,
@@ -82,7 +84,7 @@ class Engine:
         self.speculation = Speculation(plan, self.draft_model)
         self.arrivals = Arrivals(Grammars(read_vocabulary), Adapters(load_adapter))  # not yet the scheduler's
         self._pending: list[Output | Embedding] = []  # ends of requests that no step has told yet
-        self._num_steps = 0
+        self._steps, self._num_step_tokens = [0] * (len(STEP_TOKENS) + 1), 0  # by their tokens
         self._integrity, self._last_check = "ok", 0.0
 
     @property
@@ -167,7 +169,9 @@ class Engine:
         if self.prefixes is not None and sum(schedule.num_tokens) >= MEASURED_TOKENS:
             self.prefixes.costs.computed(sum(schedule.num_tokens), seconds)
         told = self.scheduler.commit(schedule, results)
-        self._num_steps += 1
+        num_tokens = schedule.num_prompt_tokens + sum(map(len, results))
+        self._steps[bisect_left(STEP_TOKENS, num_tokens)] += 1
+        self._num_step_tokens += num_tokens
         self._check_when_idle()
         return told
 
@@ -185,7 +189,9 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             num_preemptions=scheduler.num_preemptions,
-            num_steps=self._num_steps,
+            num_steps=sum(self._steps),
+            step_tokens=tuple(self._steps),
+            num_step_tokens=self._num_step_tokens,
             num_drafts=scheduler.num_drafts,
             num_draft_tokens=scheduler.num_drafted,
             num_accepted_tokens=scheduler.num_accepted,

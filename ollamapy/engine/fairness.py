@@ -166,3 +166,9 @@ def victim(among: ListLike[Sequence], running: ListLike[Sequence], now: int) -> 
     """Whose blocks are taken: of those behind others, and of the client that runs the most, the youngest."""
     clients = Counter(each.caller.client for each in running)
     return max(among, key=lambda seq: (lane(seq, now), clients[seq.caller.client], age(seq)))
+
+
+def yielding(seq: Sequence, running: ListLike[Sequence], scheduled: set[Sequence], now: int) -> list[Sequence]:
+    """Whose blocks a prompt may take: younger ones that are not in this step, and not in a better lane."""
+    rest = (each for each in running if each not in scheduled)
+    return [each for each in rest if age(each) > age(seq) and lane(each, now) >= lane(seq, now)]

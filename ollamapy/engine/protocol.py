@@ -16,6 +16,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 ServiceTier = Literal["priority", "default", "flex"]
 SpeculationMode = Literal["off", "ngram", "draft", "auto"]
 MAX_ADAPTERS = 16  # that an engine keeps loaded; one in use stays beyond that
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # most of a step; bounds of vLLM's histogram
 MAX_FRAME = 256 << 20  # bytes; a 1M-token prompt in msgpack is under 6 MB
 
 
@@ -217,7 +218,7 @@ class Finish(msgspec.Struct, frozen=True):
     bad_request: bool = False  # the error is the request's own: a grammar that grows too large
 
 
-class Output(msgspec.Struct, frozen=True):
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step did for one request; the last one carries `finish`."""
 
     request_id: int
@@ -228,6 +229,7 @@ class Output(msgspec.Struct, frozen=True):
     queue_ns: int = 0  # of its first one: from arrival to its first scheduled step
     cached_tokens: int = 0  # of its prompt, on the first one
     drafts: tuple[int, int] = (0, 0)  # tokens guessed for it up to now, and those that came true; on steps that verified some
+    num_shifts: int = 0  # context shifts up to now
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
@@ -263,6 +265,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     num_drafts: int = 0  # guesses of speculation, their tokens, and those that came true
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    step_tokens: tuple[int, ...] = ()  # steps by their tokens, as STEP_TOKENS has it; the last: those of more
+    num_step_tokens: int = 0  # of all steps: of prompts, and generated
     num_ahead: int = 0  # steps started before the results of the one before were read; tokens of them that came too late
     num_discarded: int = 0
     graphs: dict[str, int | str] = {}  # on a GPU, see `Graphs.facts`

@@ -16,7 +16,7 @@ from bisect import insort
 import msgspec
 
 from ollamapy.engine.blocks import BlockManager, Hit
-from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, in_turn, lane, overserved, victim
+from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, in_turn, overserved, victim, yielding
 from ollamapy.engine.pace import SHORT, Pace
 from ollamapy.engine.protocol import Embedding, Output, Plan
 from ollamapy.engine.schedule import Schedule, finish
@@ -144,7 +144,7 @@ class Scheduler:
             if self.whole_prompts and count < seq.num_uncomputed:  # one may pass the budget when it has the step to itself
                 count = 0 if len(step) else seq.num_uncomputed
             while count and not self.blocks.grow(seq, seq.num_computed + count):
-                younger = self._yielding(seq, scheduled, now)
+                younger = yielding(seq, self.running, scheduled, now)
                 if younger:
                     other = victim(younger, self.running, now)
                     preempted.add(other)
@@ -158,11 +158,6 @@ class Scheduler:
                 step.sequences.append(seq)
                 step.num_tokens.append(count)
                 budget, whole = budget - count, whole - count
-
-    def _yielding(self, seq: Sequence, scheduled: set[Sequence], now: int) -> list[Sequence]:
-        """Whose blocks a prompt may take: younger ones that are not in this step, and not in a better lane."""
-        rest = (each for each in self.running if each not in scheduled)
-        return [each for each in rest if age(each) > age(seq) and lane(each, now) >= lane(seq, now)]
 
     def _lookup(self, seq: Sequence) -> Hit:
         """Reusable blocks. A mean or first-token embedding and logprobs of a prompt need its hidden states: they reuse none."""
@@ -239,7 +234,7 @@ class Scheduler:
             self.blocks.trim(seq, len(seq.token_ids))
         tokens = [token for output in told for token in output.token_ids]
         logprobs, drafts = [entry for output in told for entry in output.logprobs], (seq.num_drafted, seq.num_accepted)
-        return Output(seq.request_id, tokens, logprobs, told[-1].finish, drafts=drafts)
+        return Output(seq.request_id, tokens, logprobs, told[-1].finish, drafts=drafts, num_shifts=seq.num_shifts)
 
     def _accept(self, seq: Sequence, result: Result, now: int) -> Output:
         queued = cached = 0
@@ -265,7 +260,8 @@ class Scheduler:
         if result.token_id in seq.params.stop_ids:
             return Output(seq.request_id, [], finish=ended, cached_tokens=cached)
         logprobs = [] if result.logprob is None else [result.logprob]
-        return Output(seq.request_id, [result.token_id], logprobs, ended, queue_ns=queued, cached_tokens=cached)
+        told = Output(seq.request_id, [result.token_id], logprobs, ended, queue_ns=queued, cached_tokens=cached)
+        return msgspec.structs.replace(told, num_shifts=seq.num_shifts) if seq.num_shifts else told
 
     def _fail(self, seq: Sequence, error: str, now: int) -> Output | Embedding:
         if seq.pooling is None:

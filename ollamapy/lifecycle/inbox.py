@@ -51,4 +51,5 @@ class Inbox:
             max(output.queue_ns for output in outputs),
             max(output.cached_tokens for output in outputs),
             max(output.drafts for output in outputs),
+            max(output.num_shifts for output in outputs),
         )

@@ -121,36 +121,40 @@ async def answer(
     """Pieces as the engine's steps complete them; one without text comes only for its logprobs. Raises EngineError."""
     text = _Text(tokenizer, stops)
     record = current()
-    record.prompt_tokens, record.finish = len(token_ids), "abort"  # until it is known how it ended
-    record.queue_position = engine.num_waiting
+    account = record.answer(len(token_ids), engine.num_waiting)
     start = first = last = time.monotonic_ns()
-    finish: Finish | None = None
-    drafts, cached = (0, 0), 0
+    latest: Output | None = None
+    drafts, shifts = (0, 0), 0
     told: list[Logprob] = []  # of the prompt's tokens
     outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params, record.caller))
-    async with aclosing(outputs), record.failing():
-        async for output in outputs:
-            last = time.monotonic_ns()
-            first = last if not text.token_ids else first
-            record.queue_ns = output.queue_ns or record.queue_ns
-            cached = output.finish.cached_tokens if output.finish is not None else max(cached, output.cached_tokens)
-            record.cached_tokens = record.cached_tokens if record.last else cached  # of several answers, the first one's
-            record.took(len(output.token_ids), last)
-            told += [text.logprob(entry) for entry in output.prompt_logprobs]
-            if told and (output.token_ids or output.finish is not None):
-                yield Piece(prompt_logprobs=tuple(told))
-                told.clear()
-            shown = text.feed(output)
-            finish = output.finish
-            drafts = output.drafts if any(output.drafts) else drafts
-            for piece in _pieces(parser.feed(shown) if shown else [], text.take_logprobs()):
-                yield piece
-            if text.ended:
-                break
-    for piece in _pieces(parser.feed(text.flush(), done=True), text.take_logprobs()):
-        yield piece
-    end = _end(text, finish, first - start, last - first, cached, drafts)
-    record.generated(end.reason, finish)
+    async with account.failing():
+        async with aclosing(outputs):
+            async for latest in outputs:
+                last = time.monotonic_ns()
+                first = last if not text.token_ids else first
+                account.queue_ns = latest.queue_ns or account.queue_ns
+                account.cached_tokens = max(account.cached_tokens, (latest.finish or latest).cached_tokens)
+                account.took(len(latest.token_ids), last)
+                told += [text.logprob(entry) for entry in latest.prompt_logprobs]
+                if told and (latest.token_ids or latest.finish is not None):
+                    yield Piece(prompt_logprobs=tuple(told))
+                    told.clear()
+                shown = text.feed(latest)
+                drafts, shifts = max(drafts, latest.drafts), max(shifts, latest.num_shifts)
+                for piece in _pieces(parser.feed(shown) if shown else [], text.take_logprobs()):
+                    yield piece
+                if text.ended:
+                    break
+        for piece in _pieces(parser.feed(text.flush(), done=True), text.take_logprobs()):
+            yield piece
+    finish = latest.finish if latest is not None else None
+    if text.ended or finish is None:
+        prompt_ns = max(first - start - account.queue_ns, 0)
+        counts = (account.cached_tokens, *drafts, shifts)
+        end = End(text.ended or "stop", text.token_ids, text.count, prompt_ns, last - first, *counts)
+    else:
+        end, account.queue_ns = _end(text, finish), finish.queue_ns
+    account.generated(end.reason, end.prompt_ns, end.decode_ns, end.context_shifts)
     yield Piece(end=end)
 
 
@@ -163,17 +167,15 @@ def _pieces(events: list[ChatEvent], logprobs: tuple[Logprob, ...]) -> list[Piec
     return pieces
 
 
-def _end(text: _Text, finish: Finish | None, prompt_ns: int, decode_ns: int, cached: int, drafts: tuple[int, int]) -> End:
-    """By the engine's own account, or by ours when a stop string or the repeat guard ended the answer before it did."""
-    if text.ended or finish is None:
-        return End(text.ended or "stop", text.token_ids, text.count, prompt_ns, decode_ns, cached, *drafts)
+def _end(text: _Text, finish: Finish) -> End:
+    """By the engine's own account; where a stop string or the repeat guard ends an answer before it does, there is none."""
     return End(
         finish.reason,
         text.token_ids,
         finish.completion_tokens,
         finish.prompt_ns,
         finish.decode_ns,
-        cached_tokens=cached,
+        cached_tokens=finish.cached_tokens,
         drafted_tokens=finish.drafted_tokens,
         accepted_tokens=finish.accepted_tokens,
         context_shifts=finish.num_shifts,

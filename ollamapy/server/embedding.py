@@ -54,8 +54,7 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
         encoded = [_cut(ids, loaded.tokenizer, limit, request.truncate) for ids in encoded]
         vectors = await _run(loaded, encoded)
     num_tokens = sum(map(len, encoded))
-    record.prompt_tokens = num_tokens
-    record.generated("stop", None)
+    record.answer(num_tokens).generated("stop", 0, 0, 0)
     if num_tokens < total:
         warnings.append(f"the input was truncated: {total - num_tokens} of its {total} tokens were cut")
     return EmbedResponse(

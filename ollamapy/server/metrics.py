@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -23,7 +24,7 @@ from starlette.routing import Route
 
 from ollamapy import __version__
 from ollamapy.api.address import Address
-from ollamapy.engine.protocol import Stats
+from ollamapy.engine.protocol import STEP_TOKENS, Stats
 from ollamapy.errors import OllamapyError
 from ollamapy.lifecycle.resident import Running
 from ollamapy.lifecycle.residents import Residents
@@ -42,8 +43,6 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Figures], int]], ...] = (
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda f: f.cache_hits),
     ("ollamapy_context_shifts", "Times that a full context lost its older half", lambda f: f.context_shifts),
     ("ollamapy_prompt_tokens_cut", "Tokens of prompts that were too long and were cut", lambda f: f.cut_tokens),
-    ("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead and verified", lambda f: f.draft_tokens),
-    ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that came true", lambda f: f.accepted_tokens),
 )
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[Figures], Histogram]], ...] = (
     (
@@ -56,6 +55,8 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[Figures], Histogram]], ...] = (
     ("vllm:request_queue_time_seconds", "In the engine's queue", lambda f: f.queue),
     ("vllm:request_prefill_time_seconds", "From a request's first step to its first token", lambda f: f.prefill),
     ("vllm:request_decode_time_seconds", "From a request's first token to its last", lambda f: f.decode),
+    ("vllm:request_inference_time_seconds", "From a request's first step to its last token", lambda f: f.inference),
+    ("vllm:request_time_per_output_token_seconds", "Decoding, by tokens after the first", lambda f: f.per_token),
     ("vllm:request_prompt_tokens", "Prompt tokens per request", lambda f: f.prompt_lengths),
     ("vllm:request_generation_tokens", "Generated tokens per request", lambda f: f.generation_lengths),
 )
@@ -63,6 +64,17 @@ _GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
     ("vllm:num_requests_running", "Requests in the engine's batch", lambda s: s.num_running),
     ("vllm:num_requests_waiting", "Requests in the engine's queue", lambda s: s.num_waiting),
     ("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 1 is all", lambda s: s.used_blocks / max(1, s.total_blocks)),
+)
+_ENGINE_COUNTERS: tuple[tuple[str, str, Callable[[Stats], int]], ...] = (
+    ("vllm:num_preemptions", "Requests put back into the queue", lambda s: s.num_preemptions),
+    ("vllm:spec_decode_num_drafts", "Guesses verified", lambda s: s.num_drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead and verified", lambda s: s.num_draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that came true", lambda s: s.num_accepted_tokens),
+    ("ollamapy_cached_blocks_evicted", "KV blocks kept for reuse that were given to others", lambda s: s.num_evictions),
+    ("ollamapy_disk_blocks_written", "KV blocks of prefixes written to files", lambda s: s.disk_written_blocks),
+    ("ollamapy_disk_tokens_read", "Prompt tokens whose KV blocks came from files", lambda s: s.disk_read_tokens),
+    ("ollamapy_disk_bad_files", "Damaged files of prefixes, deleted", lambda s: s.disk_bad_files),
+    ("ollamapy_disk_failed_writes", "Files of prefixes that could not be written", lambda s: s.disk_failed_writes),
 )
 
 
@@ -75,7 +87,8 @@ class Metrics:
         self._totals, self._residents = totals, residents
         self._engines: list[tuple[Running, Stats | None]] = []
         self._stats: dict[int, Stats] = {}  # engine's process -> what it told last
-        self._preemptions: dict[str, int] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()  # by model and counter, of all engines that there were
+        self._steps: dict[str, Histogram] = {}  # by model
         self._registry = CollectorRegistry()
         self._registry.register(self)  # a collector by its methods
         ProcessCollector(registry=self._registry)
@@ -100,10 +113,18 @@ class Metrics:
             stats = await asyncio.wait_for(row.engine.stats(), STATS_TIMEOUT)
         except (TimeoutError, OllamapyError):  # amid a long step, or it ended just now
             return before
-        name = row.name.short()
-        new = stats.num_preemptions - (before.num_preemptions if before else 0)
-        self._preemptions[name] = self._preemptions.get(name, 0) + new
+        self._add(row.name.short(), stats, before)
         return stats
+
+    def _add(self, model: str, stats: Stats, before: Stats | None) -> None:
+        """What an engine has done since it told its figures `before`."""
+        for name, _, value in _ENGINE_COUNTERS:
+            self._counts[model, name] += value(stats) - (value(before) if before else 0)
+        steps = self._steps.setdefault(model, Histogram(STEP_TOKENS))
+        told = before.step_tokens if before else (0,) * len(stats.step_tokens)
+        for place, (now, then) in enumerate(zip(stats.step_tokens, told, strict=True)):
+            steps.counts[place] += now - then
+        steps.sum += stats.num_step_tokens - (before.num_step_tokens if before else 0)
 
     def describe(self) -> list[Any]:
         """Names are not known beforehand; registering does not collect."""
@@ -119,11 +140,9 @@ class Metrics:
                 if stats is not None:
                     gauge.add_metric([row.name.short()], value(stats))
             yield gauge
-        preemptions = CounterMetricFamily("vllm:num_preemptions", "Requests put back into the queue", labels=["model_name"])
+        yield from self._of_engines()
         size = GaugeMetricFamily("ollamapy_model_bytes", "Weights and KV cache of a loaded model", labels=["model_name"])
         resident = GaugeMetricFamily("ollamapy_engine_resident_bytes", "Memory of an engine's process", labels=["model_name"])
-        for name, count in self._preemptions.items():
-            preemptions.add_metric([name], count)
         for row, _ in self._engines:
             size.add_metric([row.name.short()], row.size)
             resident.add_metric([row.name.short()], row.resident_bytes)
@@ -140,7 +159,21 @@ class Metrics:
         yield refused
         version = GaugeMetricFamily("ollamapy_build", "1, with the version", labels=["version"])
         version.add_metric([__version__], 1)
-        yield from (preemptions, size, resident, answers, version)
+        yield from (size, resident, answers, version)
+
+    def _of_engines(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+        for name, help, _ in _ENGINE_COUNTERS:
+            counter = CounterMetricFamily(name, help, labels=["model_name"])
+            for (model, counted), count in self._counts.items():
+                if counted == name:
+                    counter.add_metric([model], count)
+            yield counter
+        family = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of an engine's step", labels=["model_name"])
+        for model, steps in self._steps.items():
+            family.add_metric([model], _buckets(steps), steps.sum)
+        yield family
 
     def _of_requests(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from ollamapy.engine.protocol import NOBODY, Caller, Finish
+from ollamapy.engine.protocol import NOBODY, Caller
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ class Figures:
 
     def __init__(self) -> None:
         self.prompt_tokens = self.generation_tokens = self.cache_queries = self.cache_hits = 0
-        self.draft_tokens = self.accepted_tokens = 0
         self.context_shifts = self.cut_tokens = 0
         self.finished: Counter[str] = Counter()
         self.time_to_first_token, self.inter_token = Histogram(FAST), Histogram(FAST)
         self.end_to_end, self.queue = Histogram(SLOW), Histogram(SLOW)
-        self.prefill, self.decode = Histogram(SLOW), Histogram(SLOW)
+        self.prefill, self.decode, self.inference = Histogram(SLOW), Histogram(SLOW), Histogram(SLOW)
+        self.per_token = Histogram(FAST)
         self.prompt_lengths, self.generation_lengths = Histogram(TOKENS), Histogram(TOKENS)
 
 
@@ -69,8 +69,68 @@ class Totals:
 
 
 @dataclass(slots=True)
+class Answer:
+    """One generation of a request, of which there may be several. Times as in `Record`."""
+
+    begin: int  # when the request came
+    prompt_tokens: int
+    figures: Figures | None
+    finish: str = "abort"  # until it is known: stop, length, repeat, error
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    context_shifts: int = 0
+    queue_ns: int = 0
+    prompt_ns: int = 0
+    decode_ns: int = 0
+    last: int = 0  # when the latest token came
+    end: int = 0
+
+    def took(self, num_tokens: int, now: int) -> None:
+        """Tokens came from the engine at `now`; several at once count as if they had come one by one since the last."""
+        self.completion_tokens += num_tokens
+        figures = self.figures
+        if figures is None or not num_tokens:
+            return
+        figures.generation_tokens += num_tokens
+        if self.last:
+            figures.inter_token.observe((now - self.last) / 1e9 / num_tokens, num_tokens)
+        else:
+            figures.time_to_first_token.observe((now - self.begin) / 1e9)
+        self.last = now
+
+    def generated(self, reason: str, prompt_ns: int, decode_ns: int, context_shifts: int) -> None:
+        self.finish, self.end = reason, time.monotonic_ns()
+        self.prompt_ns, self.decode_ns, self.context_shifts = prompt_ns, decode_ns, context_shifts
+
+    @asynccontextmanager
+    async def failing(self) -> AsyncIterator[None]:
+        """An error in here is how the generation ended; being closed or cancelled is not one."""
+        try:
+            yield
+        except Exception:
+            self.finish = "error"
+            raise
+
+    def add(self, figures: Figures, now: int) -> None:
+        figures.finished[self.finish] += 1
+        figures.prompt_tokens += self.prompt_tokens
+        figures.cache_queries += self.prompt_tokens
+        figures.cache_hits += self.cached_tokens
+        figures.context_shifts += self.context_shifts
+        figures.end_to_end.observe(((self.end or now) - self.begin) / 1e9)
+        figures.prompt_lengths.observe(self.prompt_tokens)
+        if self.end and self.last:
+            figures.queue.observe(self.queue_ns / 1e9)
+            figures.prefill.observe(self.prompt_ns / 1e9)
+            figures.decode.observe(self.decode_ns / 1e9)
+            figures.inference.observe((self.prompt_ns + self.decode_ns) / 1e9)
+            figures.per_token.observe(self.decode_ns / 1e9 / max(1, self.completion_tokens - 1))
+            figures.generation_lengths.observe(self.completion_tokens)
+
+
+@dataclass(slots=True)
 class Record:
-    """One request. Times are monotonic nanoseconds, `*_ns` without "start" or "last" are durations; never any text of it."""
+    """One request. Times are monotonic nanoseconds, `*_ns` are durations; never any text of it."""
 
     totals: Totals
     method: str = ""
@@ -82,90 +142,49 @@ class Record:
     status: int = 0
     body_bytes: int = 0  # of JSON: no text or list of the request is longer
     model: str = ""
-    finish: str = ""  # stop, length, repeat, abort, error; "" where nothing was generated
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    draft_tokens: int = 0  # guessed ahead, and those of them that came true
-    accepted_tokens: int = 0
     queue_position: int = -1  # how many waited when it came; -1 where there was no queue
-    queue_ns: int = 0
-    context_shifts: int = 0
     cut_tokens: int = 0  # of a prompt that was too long
-    prompt_ns: int = 0
-    decode_ns: int = 0
-    last: int = 0  # when the latest token came
+    answers: list[Answer] = field(default_factory=list)
     _figures: Figures | None = None
 
     @property
     def dialect(self) -> str:
         return "openai" if self.path.startswith("/v1/") else "ollama"
 
+    @property
+    def queue_ns(self) -> int:
+        """Of the answer that waited for longest."""
+        return max((answer.queue_ns for answer in self.answers), default=0)
+
     def begin(self, model: str) -> None:
         """`model` is the name of one that is here: names that clients make up are not kept."""
         self.model = model
         self._figures = self.totals.of(model)
 
-    def took(self, num_tokens: int, now: int) -> None:
-        """Tokens came from the engine at `now`; several at once count as if they had come one by one since the last."""
-        self.completion_tokens += num_tokens
-        figures = self._figures
-        if figures is None or not num_tokens:
-            return
-        figures.generation_tokens += num_tokens
-        if self.last:
-            figures.inter_token.observe((now - self.last) / 1e9 / num_tokens, num_tokens)
-        else:
-            figures.time_to_first_token.observe((now - self.start) / 1e9)
-        self.last = now
-
-    def generated(self, reason: str, finish: Finish | None) -> None:
-        """A generation ended; `finish` is the engine's account where there is one."""
-        self.finish = reason
-        if finish is not None:
-            self.queue_ns = finish.queue_ns
-            self.prompt_ns, self.decode_ns = finish.prompt_ns, finish.decode_ns
-            self.context_shifts = finish.num_shifts
-            self.draft_tokens, self.accepted_tokens = finish.drafted_tokens, finish.accepted_tokens
-
-    @asynccontextmanager
-    async def failing(self) -> AsyncIterator[None]:
-        """An error in here is how the generation ended; being closed or cancelled is not one."""
-        try:
-            yield
-        except Exception:
-            self.finish = "error"
-            raise
+    def answer(self, prompt_tokens: int, num_waiting: int = -1) -> Answer:
+        """One more begins; `num_waiting`: how many wait before it."""
+        if not self.answers:
+            self.queue_position = num_waiting
+        self.answers.append(Answer(self.start, prompt_tokens, self._figures))
+        return self.answers[-1]
 
     def client_left(self) -> None:
         self.status = self.status or CLIENT_LEFT
 
     def close(self) -> None:
         """The request is over: into the totals and the log."""
-        total = time.monotonic_ns() - self.start
+        now = time.monotonic_ns()
         self.totals.answers[self.dialect, self.status] += 1
-        if self._figures is not None and self.finish:
-            self._add(self._figures, total)
+        if self._figures is not None:
+            for answer in self.answers:
+                answer.add(self._figures, now)
+            self._figures.cut_tokens += self.cut_tokens
         if log.isEnabledFor(logging.INFO):
-            log.info("request %s", " ".join(f"{name}={_shown(value)}" for name, value in self._fields(total).items()))
-
-    def _add(self, figures: Figures, total: int) -> None:
-        figures.finished[self.finish] += 1
-        figures.prompt_tokens += self.prompt_tokens
-        figures.cache_queries += self.prompt_tokens
-        figures.cache_hits += self.cached_tokens
-        figures.context_shifts += self.context_shifts
-        figures.cut_tokens += self.cut_tokens
-        figures.draft_tokens += self.draft_tokens
-        figures.accepted_tokens += self.accepted_tokens
-        figures.end_to_end.observe(total / 1e9)
-        figures.queue.observe(self.queue_ns / 1e9)
-        figures.prefill.observe(self.prompt_ns / 1e9)
-        figures.decode.observe(self.decode_ns / 1e9)
-        figures.prompt_lengths.observe(self.prompt_tokens)
-        figures.generation_lengths.observe(self.completion_tokens)
+            fields = self._fields(now - self.start)
+            log.info("request %s", " ".join(f"{name}={_shown(value)}" for name, value in fields.items()))
 
     def _fields(self, total: int) -> dict[str, Any]:
+        """Of several answers: all their tokens, and the longest times."""
         fields: dict[str, Any] = {
             "id": self.id,
             "client": self.client,
@@ -177,16 +196,12 @@ class Record:
         }
         if self.model:
             fields["model"] = self.model
-        if self.finish:
-            fields |= {
-                "finish": self.finish,
-                "prompt_tokens": self.prompt_tokens,
-                "cached_tokens": self.cached_tokens,
-                "completion_tokens": self.completion_tokens,
-                "queue_ms": _ms(self.queue_ns),
-                "prompt_ms": _ms(self.prompt_ns),
-                "decode_ms": _ms(self.decode_ns),
-            }
+        if self.answers:
+            fields["finish"] = ",".join(sorted({answer.finish for answer in self.answers}))
+            for name in ("prompt_tokens", "cached_tokens", "completion_tokens"):
+                fields[name] = sum(getattr(answer, name) for answer in self.answers)
+            for name in ("queue", "prompt", "decode"):
+                fields[f"{name}_ms"] = _ms(max(getattr(answer, f"{name}_ns") for answer in self.answers))
         return fields
 
 

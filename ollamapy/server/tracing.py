@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 MISSING = 'OTEL_EXPORTER_OTLP_ENDPOINT is set, but no spans are sent: pip install "ollamapy[otel]"'
 FLUSH_MS = 3000  # that the last spans get at the daemon's end
+MAX_ANSWERS = 8  # of a request whose phases are told, three spans each; its own span sums up all of them
 _OPERATIONS = {"/api/chat": "chat", "/v1/chat/completions": "chat", "/api/embed": "embeddings", "/v1/embeddings": "embeddings"}
 
 
@@ -52,12 +53,14 @@ class Tracing:
             attributes=_attributes(record, operation),
             start_time=record.start + offset,
         )
-        if record.status >= 500 or record.finish == "error":
+        if record.status >= 500 or any(answer.finish == "error" for answer in record.answers):
             span.set_status(trace.StatusCode.ERROR)
-        if record.last and record.decode_ns + record.prompt_ns:
+        for answer in record.answers[:MAX_ANSWERS]:
+            if not answer.end or not answer.last:
+                continue
             inside = trace.set_span_in_context(span)
-            at = max(record.last - record.decode_ns - record.prompt_ns - record.queue_ns, record.start)
-            for name, duration in (("queue", record.queue_ns), ("prefill", record.prompt_ns), ("decode", record.decode_ns)):
+            at = max(answer.last - answer.decode_ns - answer.prompt_ns - answer.queue_ns, record.start)
+            for name, duration in (("queue", answer.queue_ns), ("prefill", answer.prompt_ns), ("decode", answer.decode_ns)):
                 part = self._tracer.start_span(name, inside, start_time=at + offset)
                 at += duration
                 part.end(at + offset)
@@ -70,19 +73,20 @@ class Tracing:
 
 
 def _attributes(record: Record, operation: str) -> dict[str, Any]:
+    answers = record.answers
     found: dict[str, Any] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "ollamapy",
         "gen_ai.request.model": record.model,
         "gen_ai.response.id": record.id,
-        "gen_ai.usage.input_tokens": record.prompt_tokens,
-        "gen_ai.usage.output_tokens": record.completion_tokens,
-        "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
+        "gen_ai.usage.input_tokens": sum(answer.prompt_tokens for answer in answers),
+        "gen_ai.usage.output_tokens": sum(answer.completion_tokens for answer in answers),
+        "gen_ai.usage.cache_read.input_tokens": sum(answer.cached_tokens for answer in answers),
         "http.request.method": record.method,
         "http.response.status_code": record.status,
         "url.path": record.path,
     }
-    return found | ({"gen_ai.response.finish_reasons": [record.finish]} if record.finish else {})
+    return found | ({"gen_ai.response.finish_reasons": [answer.finish for answer in answers]} if answers else {})
 
 
 def start(endpoint: str) -> Tracing | None:

@@ -149,6 +149,7 @@ class Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: Finish | None = None
+    num_shifts: int = 0  # told on the way
     embedding: Embedding | None = None
 
 
@@ -197,6 +198,7 @@ class Run:
         answer.logprobs += output.logprobs
         answer.prompt_logprobs += output.prompt_logprobs
         answer.finish = output.finish
+        answer.num_shifts = max(answer.num_shifts, output.num_shifts)
 
     def drain(self, most: int = 100_000) -> dict[int, Answer]:
         start = time.monotonic()

@@ -126,7 +126,7 @@ def test_context_shift_keeps_the_head_and_half_of_the_rest(num_keep: int) -> Non
             dropped = (len(tokens) - 1 - keep) // 2
             tokens, shifts = tokens[:keep] + tokens[keep + dropped :], shifts + 1
     assert answer.tokens == expected
-    assert answer.finish is not None and answer.finish.num_shifts == shifts > 1
+    assert answer.finish is not None and answer.finish.num_shifts == answer.num_shifts == shifts > 1
     assert finish_of(answer) == "length"
 
 

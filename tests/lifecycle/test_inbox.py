@@ -15,7 +15,7 @@ def test_a_late_reader_gets_all_of_it() -> None:
     async def taken() -> Output:
         inbox = Inbox()
         inbox.put(Output(3, [1], entries[:1], None, entries[1:3], queue_ns=7, cached_tokens=16, drafts=(2, 1)))
-        inbox.put(Output(3, [2, 4], entries[3:], finish))
+        inbox.put(Output(3, [2, 4], entries[3:], finish, num_shifts=3))
         return await inbox.take()
 
-    assert asyncio.run(taken()) == Output(3, [1, 2, 4], [entries[0], entries[3]], finish, entries[1:3], 7, 16, (2, 1))
+    assert asyncio.run(taken()) == Output(3, [1, 2, 4], [entries[0], entries[3]], finish, entries[1:3], 7, 16, (2, 1), 3)

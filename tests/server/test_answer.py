@@ -10,6 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ollamapy.api.options import Options
@@ -19,6 +20,7 @@ from ollamapy.engine.protocol import Caller, Finish, Output, SamplingParams, Tok
 from ollamapy.errors import EngineError
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.server.answer import LOWEST_LOGPROB, MAX_REPEATS, Piece, answer, sampling
+from ollamapy.server.record import Record, Totals, enter
 from ollamapy.tokenizer import Tokenizer
 
 
@@ -77,6 +79,39 @@ def test_the_text_does_not_depend_on_the_steps(tokenizer: Tokenizer, step: int) 
     assert (last.end.reason, last.end.eval_count, last.end.prompt_ns, last.end.decode_ns) == ("length", len(ids), 5, 7)
     assert (last.end.cached_tokens, last.end.drafted_tokens, last.end.accepted_tokens) == (2, 13, 11)
     assert last.end.context_shifts == 17 and engine.closed
+
+
+@pytest.mark.parametrize(("given", "stops", "reason"), [(TEXT, ["e EN"], "stop"), (" again" * 200, [], "repeat")])
+def test_what_we_end_ourselves_is_accounted_for(tokenizer: Tokenizer, given: str, stops: list[str], reason: str) -> None:
+    """Its times are ours, less what it waited; guesses and shifts are those told on the way."""
+    totals = Totals()
+    record = Record(totals)
+    record.begin("m")
+
+    class Slow(Scripted):
+        async def generate(self, token_ids: list[int], params: SamplingParams, caller: Caller) -> AsyncIterator[Output]:
+            async for output in super().generate(token_ids, params, caller):
+                queued = 0 if self.given > 1 else 10**12
+                yield msgspec.structs.replace(output, queue_ns=queued, drafts=(self.given, 1), num_shifts=self.given // 5)
+                await asyncio.sleep(0.002)
+
+    async def collect() -> Piece:
+        enter(record)
+        pieces = answer(Slow(tokenizer.encode(given)), tokenizer, [1], SamplingParams(), stops, PlainParser())  # type: ignore[arg-type]
+        return [piece async for piece in pieces][-1]
+
+    end = asyncio.run(collect()).end
+    assert end is not None and end.reason == reason
+    assert end.prompt_ns == 0, "nothing is left of its time but the wait"
+    assert end.decode_ns >= 2_000_000 * (end.eval_count - 1)
+    assert end.drafted_tokens == end.eval_count and end.context_shifts == end.eval_count // 5 > 0
+    record.close()
+    figures = totals.models["m"]
+    assert figures.queue.sum == pytest.approx(1000) and figures.prefill.counts[0] == 1
+    assert figures.decode.sum == pytest.approx(end.decode_ns / 1e9) and figures.context_shifts == end.context_shifts
+    assert figures.inference.sum == pytest.approx((end.prompt_ns + end.decode_ns) / 1e9)
+    assert figures.per_token.sum == pytest.approx(end.decode_ns / 1e9 / (end.eval_count - 1))
+    assert figures.finished == {reason: 1}
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])

@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench import fake_engine
 from bench.server import MODEL
-from ollamapy.engine.protocol import Finish
+from ollamapy.engine.protocol import STEP_TOKENS, Stats
+from ollamapy.server.metrics import Metrics
 from ollamapy.server.record import FAST, Histogram, Record, Totals
 from tests.daemon import ROOT, free_port
 from tests.server.counting import counting
@@ -137,15 +139,88 @@ def test_tokens_that_come_together() -> None:
     totals = Totals()
     record = Record(totals, "POST", "/api/chat")
     record.begin("m")
-    record.took(1, record.start + 5_000_000)
-    record.took(4, record.start + 45_000_000)
-    record.cached_tokens = 2
-    record.generated("repeat", Finish("length", 3, cached_tokens=2, queue_ns=7))
+    answer = record.answer(3)
+    answer.took(1, record.start + 5_000_000)
+    answer.took(4, record.start + 45_000_000)
+    answer.cached_tokens = 2
+    answer.generated("repeat", 3, 4, 5)
     record.close()
     figures = totals.models["m"]
     assert figures.generation_tokens == 5 and figures.cache_hits == 2 and figures.finished["repeat"] == 1
     assert figures.inter_token.counts[FAST.index(0.01)] == 4 and figures.inter_token.sum == pytest.approx(0.04)
     assert figures.time_to_first_token.sum == pytest.approx(0.005)
+
+
+def test_tokens_of_two_answers_in_turn() -> None:
+    """Between one's own tokens, not those of the other."""
+    totals = Totals()
+    record = Record(totals, "POST", "/v1/completions")
+    record.begin("m")
+    answers = [record.answer(3), record.answer(4)]
+    for step in range(5):
+        for place, answer in enumerate(answers):
+            answer.took(1, record.start + (20 * step + 10 * place + 1) * 1_000_000)
+    record.close()
+    figures = totals.models["m"]
+    assert figures.inter_token.counts[FAST.index(0.025)] == 8 and figures.inter_token.sum == pytest.approx(8 * 0.02)
+    assert figures.time_to_first_token.sum == pytest.approx(0.012) and figures.prompt_tokens == 7
+
+
+def test_each_of_several_answers_counts(scraped: Scraped) -> None:
+    """Three choices, of which each has its own tokens, times and end."""
+    names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "inter_token_latency_seconds_count")
+    names += ("time_to_first_token_seconds_count", "request_decode_time_seconds_count")
+    names += ("request_generation_tokens_count", "request_inference_time_seconds_count")
+    before = {name: scraped.value(f"vllm:{name}") for name in names}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 20, "seed": 100, "n": 3}
+    usage = scraped.daemon.post("/v1/chat/completions", body).json()["usage"]
+    new = {name: scraped.value(f"vllm:{name}") - value for name, value in before.items()}
+    assert new["generation_tokens_total"] == usage["completion_tokens"] == 60
+    assert new["prompt_tokens_total"] == 3 * usage["prompt_tokens"]
+    assert new["time_to_first_token_seconds_count"] == new["request_generation_tokens_count"] == 3
+    assert new["request_decode_time_seconds_count"] == new["request_inference_time_seconds_count"] == 3
+    assert new["inter_token_latency_seconds_count"] == 57
+
+
+def test_an_engine_s_counts_outlive_it() -> None:
+    """Each by what is new since it was asked last, of whatever engine of the model."""
+    metrics = Metrics(Totals(), None)  # type: ignore[arg-type]
+    empty = Stats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    steps = [0] * (len(STEP_TOKENS) + 1)
+    steps[0], steps[5], steps[-1] = 1, 2, 3
+    told = msgspec.structs.replace(
+        empty,
+        **{name: 2 + place for place, name in enumerate(COUNTED)},
+        step_tokens=tuple(steps),
+        num_step_tokens=90_000,
+    )
+    more = msgspec.structs.replace(told, num_evictions=told.num_evictions + 10, step_tokens=(2, *steps[1:]))
+    for stats, before in ((told, None), (more, told), (told, None)):
+        metrics._add("m", stats, before)
+    found = {sample.name: sample for family in metrics._of_engines() for sample in family.samples}
+    for place, (name, metric) in enumerate(COUNTED.items()):
+        assert found[f"{metric}_total"].value == 2 * (2 + place) + 10 * (name == "num_evictions")
+    buckets = {
+        sample.labels["le"]: sample.value
+        for family in metrics._of_engines()
+        for sample in family.samples
+        if sample.name == "vllm:iteration_tokens_total_bucket"
+    }
+    assert (buckets["1.0"], buckets["64.0"], buckets["128.0"], buckets["16384.0"], buckets["+Inf"]) == (3, 3, 7, 7, 13)
+    assert found["vllm:iteration_tokens_total_sum"].value == 180_000
+
+
+COUNTED = {
+    "num_preemptions": "vllm:num_preemptions",
+    "num_drafts": "vllm:spec_decode_num_drafts",
+    "num_draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "num_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+    "num_evictions": "ollamapy_cached_blocks_evicted",
+    "disk_written_blocks": "ollamapy_disk_blocks_written",
+    "disk_read_tokens": "ollamapy_disk_tokens_read",
+    "disk_bad_files": "ollamapy_disk_bad_files",
+    "disk_failed_writes": "ollamapy_disk_failed_writes",
+}
 
 
 def test_the_dashboard_asks_for_what_there_is(scraped: Scraped) -> None:

@@ -109,6 +109,18 @@ def test_a_request_is_a_span_below_its_clients_with_its_phases(daemon: Daemon, c
     assert not any(SECRET.encode() in sent for sent in collector.bodies)
 
 
+def test_each_of_several_answers_has_its_phases(daemon: Daemon, collector: Collector) -> None:
+    collector.bodies.clear()
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "seed": 100, "n": 2}
+    daemon.post("/v1/chat/completions", {**body, "stop": ["w005"]})
+    spans = collector.wait_for(7)
+    names = sorted(span.name for span in spans)
+    assert names == [f"chat {MODEL}:latest", "decode", "decode", "prefill", "prefill", "queue", "queue"]
+    request = next(span for span in spans if span.name.startswith("chat"))
+    reasons = attributes(request)["gen_ai.response.finish_reasons"]
+    assert [value.string_value for value in reasons.values] == ["stop", "stop"]
+
+
 def test_a_request_without_a_parent_begins_a_trace(daemon: Daemon, collector: Collector) -> None:
     collector.bodies.clear()
     daemon.get("/api/tags")  # no model: no span
