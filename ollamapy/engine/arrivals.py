@@ -13,7 +13,7 @@ from ollamapy.engine.grammar import Grammar
 from ollamapy.engine.grammars import Grammars
 from ollamapy.engine.protocol import Finish
 from ollamapy.engine.sequence import Sequence
-from ollamapy.errors import EngineError, OllamapyError, failure_text
+from ollamapy.errors import BadRequest, OllamapyError, failure_text
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ def _arrived(awaited: _Awaited) -> Arrived:
     try:
         seq.grammar = None if awaited.grammar is None else awaited.grammar.result()
     except Exception as error:
-        return _failed(seq, "no grammar", error, str(error) if isinstance(error, EngineError) else failure_text(error))
+        text = str(error) if isinstance(error, OllamapyError) else failure_text(error)
+        return _failed(seq, "no grammar", error, text, bad_request=isinstance(error, BadRequest))
     return Arrived(seq)
 
 

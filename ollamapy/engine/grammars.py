@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ollamapy.engine.grammar import Grammar, Vocabulary
 from ollamapy.engine.protocol import Trigger
 from ollamapy.engine.trigger import Spelling, Triggered
-from ollamapy.errors import EngineError
+from ollamapy.errors import BadRequest, EngineError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -30,7 +30,7 @@ class Grammars:
 
     def start(self, text: str, trigger: Trigger | None = None) -> Future[Grammar]:
         """The beginning of the grammar `text` (llguidance's JSON form), which sleeps until `trigger`; the future raises
-        EngineError."""
+        BadRequest where it does not compile, EngineError where the model has no use for any."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammar")
         return self._thread.submit(self._start, text, trigger)
@@ -52,7 +52,7 @@ class Grammars:
             self._tokenizer = self._make_tokenizer()
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
-            raise EngineError(f"the grammar does not compile: {matcher.get_error()}")
+            raise BadRequest(f"the grammar does not compile: {matcher.get_error()}")
         return matcher
 
     def _make_tokenizer(self) -> LLTokenizer:

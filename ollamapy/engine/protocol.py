@@ -243,6 +243,7 @@ class Embedding(msgspec.Struct, frozen=True, tag="embedding"):
     vector: bytes
     num_tokens: int
     error: str = ""
+    queue_ns: int = 0  # from arrival to its first scheduled step
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):

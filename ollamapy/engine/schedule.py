@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ollamapy.engine.protocol import Finish, FinishReason
+from ollamapy.engine.protocol import Embedding, Finish, FinishReason
 from ollamapy.engine.sequence import Sequence
 
 
@@ -34,6 +34,10 @@ class Schedule:
     def parts(self) -> Iterator[Schedule]:
         """The same work, one sequence at a time."""
         return (Schedule([seq], [count]) for seq, count in zip(self.sequences, self.num_tokens, strict=True))
+
+
+def embedding(seq: Sequence, vector: bytes) -> Embedding:
+    return Embedding(seq.request_id, vector, seq.num_prompt_tokens, queue_ns=seq.first_scheduled_ns - seq.arrival_ns)
 
 
 def finish(seq: Sequence, reason: FinishReason, now: int, error: str = "", bad_request: bool = False) -> Finish:

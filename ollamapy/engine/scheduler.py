@@ -19,7 +19,7 @@ from ollamapy.engine.blocks import BlockManager, Hit
 from ollamapy.engine.fairness import PROMPT_COST, TOKEN_COST, Queue, Shares, age, in_turn, overserved, victim, yielding
 from ollamapy.engine.pace import SHORT, Pace
 from ollamapy.engine.protocol import Embedding, Output, Plan
-from ollamapy.engine.schedule import Schedule, finish
+from ollamapy.engine.schedule import Schedule, embedding, finish
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.siblings import Siblings
 from ollamapy.errors import failure_text
@@ -208,7 +208,7 @@ class Scheduler:
                     told.append(Output(seq.request_id, [], prompt_logprobs=logprobs))
             elif seq.pooling is not None:
                 self._remove(seq)
-                told.append(Embedding(seq.request_id, found[0].vector, seq.num_prompt_tokens))
+                told.append(embedding(seq, found[0].vector))
             elif drafted:
                 told.append(self._accept_drafted(seq, found, drafted, now))
             else:

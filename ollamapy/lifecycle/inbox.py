@@ -9,17 +9,18 @@ from ollamapy.errors import OllamapyError
 
 
 class Inbox:
-    """Outputs that wait are taken as one; `behind` counts their tokens and logprob entries."""
+    """Outputs that wait are kept as one; `behind` counts their tokens and logprob entries."""
 
     def __init__(self) -> None:
-        self.pending: list[Output] = []
         self.behind = 0
         self.waits = True  # nothing has come yet
         self.error: OllamapyError | None = None
         self.news = asyncio.Event()
+        self._pending: Output | None = None
 
     def put(self, output: Output) -> None:
-        self.pending.append(output)
+        """`output` is the inbox's own from now on."""
+        self._pending = output if self._pending is None else _joined(self._pending, output)
         self.waits = False
         self.behind += len(output.token_ids) + sum(
             1 + len(entry.top) for entries in (output.logprobs, output.prompt_logprobs) for entry in entries
@@ -34,22 +35,28 @@ class Inbox:
         """Everything that waits, as one Output. Raises the error once what came before it has been taken."""
         await self.news.wait()
         self.news.clear()
-        outputs, self.pending, self.behind = self.pending, [], 0
+        output, self._pending, self.behind = self._pending, None, 0
         if self.error is not None:
             self.news.set()
-        if not outputs:
+        if output is None:
             assert self.error is not None
             raise self.error
-        if len(outputs) == 1:
-            return outputs[0]
-        return Output(
-            outputs[0].request_id,
-            [token for output in outputs for token in output.token_ids],
-            [entry for output in outputs for entry in output.logprobs],
-            outputs[-1].finish,
-            [entry for output in outputs for entry in output.prompt_logprobs],
-            max(output.queue_ns for output in outputs),
-            max(output.cached_tokens for output in outputs),
-            max(output.drafts for output in outputs),
-            max(output.num_shifts for output in outputs),
-        )
+        return output
+
+
+def _joined(first: Output, then: Output) -> Output:
+    """Takes the lists of `first` over: to copy them for each output would take time in the square of what waits."""
+    first.token_ids.extend(then.token_ids)
+    first.logprobs.extend(then.logprobs)
+    first.prompt_logprobs.extend(then.prompt_logprobs)
+    return Output(
+        first.request_id,
+        first.token_ids,
+        first.logprobs,
+        then.finish,
+        first.prompt_logprobs,
+        max(first.queue_ns, then.queue_ns),
+        max(first.cached_tokens, then.cached_tokens),
+        max(first.drafts, then.drafts),
+        max(first.num_shifts, then.num_shifts),
+    )

@@ -31,20 +31,20 @@ class Limits:
     def __len__(self) -> int:
         return self._here.total()
 
-    def enter(self, model: Hashable, client: str, seats: int) -> None:
-        """One more request. Raises ServerBusy when that is too many."""
+    def enter(self, model: Hashable, client: str, seats: int, weight: int = 1) -> None:
+        """One more request, which counts as `weight`. Raises ServerBusy when that is too many; never where nothing is there."""
         here, own = self._here[model], self._of_client[model, client]
-        if here >= seats + self._most:
-            raise ServerBusy(QUEUE_FULL, self.retry_after(model, here + 1 - seats), "model")
-        if client and own >= seats + self._per_client:
-            raise ServerBusy(CLIENT_FULL.format(own, self._per_client), self.retry_after(model, own + 1 - seats), "client")
-        self._here[model] += 1
-        self._of_client[model, client] += 1
+        if here and here + weight > seats + self._most:
+            raise ServerBusy(QUEUE_FULL, self.retry_after(model, here + weight - seats), "model")
+        if client and own and own + weight > seats + self._per_client:
+            raise ServerBusy(CLIENT_FULL.format(own, self._per_client), self.retry_after(model, own + weight - seats), "client")
+        self._here[model] += weight
+        self._of_client[model, client] += weight
 
-    def leave(self, model: Hashable, client: str) -> None:
+    def leave(self, model: Hashable, client: str, weight: int = 1) -> None:
         """A request has ended, in whatever way."""
-        self._here[model] -= 1
-        self._of_client[model, client] -= 1
+        self._here[model] -= weight
+        self._of_client[model, client] -= weight
         if not self._of_client[model, client]:
             del self._of_client[model, client]
         self._ends.setdefault(model, deque(maxlen=MEASURED)).append(self._clock())

@@ -36,7 +36,7 @@ from ollamapy.lifecycle.wire import encode, events
 log = logging.getLogger(__name__)
 
 DIED = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
-MAX_BEHIND = 1 << 17  # tokens and logprob entries (about 8 MB) that a reader may be behind its generation
+MAX_BEHIND = 1 << 17  # tokens and logprob entries (5 MB, with logprobs 15) that a reader may be behind its generation
 CLOSE_GRACE = 2.0  # seconds from Shutdown to SIGKILL
 T = TypeVar("T")
 _STATUS: dict[int, type[OllamapyError]] = {400: BadRequest, 404: NotFound, 501: NotSupported}
@@ -111,8 +111,8 @@ class EngineProcess(asyncio.Protocol):
 
     @property
     def num_waiting(self) -> int:
-        """Generations of which nothing has come yet."""
-        return sum(request.waits for request in self._requests.values())
+        """Generations of which nothing has come yet, and embeddings."""
+        return sum(request.waits for request in self._requests.values()) + len(self._embeds)
 
     async def generate(self, token_ids: list[int], params: SamplingParams, caller: Caller = NOBODY) -> AsyncIterator[Output]:
         """Outputs as they come, the last with `finish`; a reader that is behind gets several as one.

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 DRAIN = 10.0  # seconds that requests get to end when their model is stopped
 PATIENCE = 600.0  # seconds that they get when another load needs the room; that load, and all behind it, wait so long
 MODELS_PER_DEVICE = 3
+AnyOptions = Options | Mapping[str, object]
 
 
 class Residents:
@@ -61,19 +62,19 @@ class Residents:
 
     @asynccontextmanager
     async def use(
-        self, model: M, options: Options | Mapping[str, object], keep_alive: float | None = None, client: str = ""
+        self, model: M, options: AnyOptions, keep_alive: float | None = None, client: str = "", weight: int = 1
     ) -> AsyncIterator[LoadedModel[M]]:
         """Loads the model if need be and holds it loaded. `keep_alive`: seconds it stays afterwards; None keeps what
-        holds for it, 0 unloads it when its last request ends, negative is forever.
+        holds for it, 0 unloads it when its last request ends, negative is forever. `weight`: requests that it counts as.
 
-        Raises OptionError, ServerBusy when too many wait, of `client` or of all, NotFound when the weights are gone, and what a
-        load raises.
+        Raises ServerBusy when too many wait, of `client` or of all, OptionError, NotFound when the weights are gone, and what
+        a load raises.
         """
         start = time.monotonic_ns()
         key, wanted = _key(model), RunnerOptions.of(options)
         self._check_open()
         here = self._residents.get(key)
-        self._limits.enter(key, client, here.placement.plan.max_num_seqs if here else 1)  # one loads, the others wait
+        self._limits.enter(key, client, here.placement.plan.max_num_seqs if here else 1, weight)  # one loads, the others wait
         try:
             resident = await self._get(key, model, wanted)
             try:
@@ -82,7 +83,7 @@ class Residents:
             finally:
                 self._release(resident)
         finally:
-            self._limits.leave(key, client)
+            self._limits.leave(key, client, weight)
 
     async def metadata(self, model: ModelLike) -> Mapping[str, Any]:
         """Of the model's file, as `use` will have it. Raises NotFound, GGUFError, UnsupportedModel."""

@@ -25,13 +25,18 @@ _TIERS: dict[str, ServiceTier] = {
 
 
 def caller_of(headers: Headers, address: str) -> Caller:
-    """By API key, of whatever header clients send it in, else by the address that the request comes from; without a port, as a
-    program opens as many connections as it likes. An unknown tier in the header is the default one."""
+    """By the address that the request comes from. Without a port, as a program opens as many connections as it likes; without a
+    key, as it makes up as many as it likes, or has the one that everyone has. An unknown tier of the header is the default."""
     key = key_of(headers)
-    client = f"key {hashlib.blake2b(key.encode(), digest_size=8, key=_SECRET).hexdigest()}" if key else address
     # The same after a restart, as prefixes on disk are; the engine hashes it with a secret.
     salt = hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
-    return Caller(client, _TIERS.get(headers.get(TIER_HEADER, "").lower(), "default"), salt)
+    return Caller(address, _TIERS.get(headers.get(TIER_HEADER, "").lower(), "default"), salt)
+
+
+def with_key(caller: Caller, key: str) -> Caller:
+    """By a key that this server knows, from wherever the request comes."""
+    client = f"key {hashlib.blake2b(key.encode(), digest_size=8, key=_SECRET).hexdigest()}"
+    return Caller(client, caller.tier, caller.salt)
 
 
 def key_of(headers: Headers) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ollamapy.errors import BadRequest
 
-MAX_N = 128
-MAX_CHOICES = 2048  # prompts times n
+MAX_N = 128  # as OpenAI's: samples to vote among, or to evaluate by, are asked for by the hundred
+MAX_CHOICES = 2048  # prompts times n, which bounds the work of a request; of it, only TOGETHER answers are in the engine
 TOGETHER = 32  # answers under way at a time
 BEHIND = 64  # lines that may wait for the reader
 GAMMA = 0x9E3779B97F4A7C15
 Line = TypeVar("Line")
+T = TypeVar("T")
 
 
 def check_choices(num_prompts: int, n: int) -> None:
@@ -23,6 +24,21 @@ def check_choices(num_prompts: int, n: int) -> None:
         raise BadRequest(f"n must be between 1 and {MAX_N}")
     if num_prompts * n > MAX_CHOICES:
         raise BadRequest(f"{num_prompts} prompts with n = {n} are more than {MAX_CHOICES} choices")
+
+
+class Once(Generic[T]):
+    """What the choices of one prompt share, made by the first that needs it."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, T] = {}
+        self._one = asyncio.Lock()
+
+    async def get(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        """What was made for an equal `key`, else what `make` makes now."""
+        async with self._one:
+            if key not in self._made:
+                self._made[key] = await make()
+            return self._made[key]
 
 
 def seed_of(seed: int, choice: int) -> int:

@@ -18,8 +18,8 @@ from ollamapy.errors import NotFound
 from ollamapy.server import embedding
 from ollamapy.server.body import read
 from ollamapy.server.catalog import parse_name, require_name, services
-from ollamapy.server.choices import check_choices, seed_of, side_by_side
-from ollamapy.server.inference import Verbatim, chat_lines, fold_chat, fold_generate, generate_lines
+from ollamapy.server.choices import Once, check_choices, seed_of, side_by_side
+from ollamapy.server.inference import Prompts, Verbatim, chat_lines, fold_chat, fold_generate, generate_lines
 from ollamapy.server.stream import JSON, SSE, collected, streamed, warning_header
 from ollamapy.store.library import ModelSummary
 
@@ -30,8 +30,10 @@ async def chat_completions(request: Request) -> Response:
     asked = await read(request, ChatCompletionRequest)
     check_choices(1, asked.n)
     warnings: list[str] = []
+    once: Prompts = Once()
     starts = [
-        partial(chat_lines, services(request), _with_seed(openai.to_chat(asked), choice), warnings) for choice in range(asked.n)
+        partial(chat_lines, services(request), _with_seed(openai.to_chat(asked), choice), warnings, once)
+        for choice in range(asked.n)
     ]
     forms = [ChatStream(asked.model, include_usage=asked.stream_options.include_usage, index=i) for i in range(asked.n)]
     return await _answer(asked, starts, forms, fold_chat, warnings)
@@ -44,19 +46,21 @@ async def completions(request: Request) -> Response:
     prompts = openai.prompts(asked)
     check_choices(len(prompts), asked.n)
     warnings: list[str] = []
-    starts = [_completion(request, asked, prompt, choice, warnings) for prompt in prompts for choice in range(asked.n)]
+    starts = [start for prompt in prompts for start in _completions(request, asked, prompt, warnings)]
     include_usage = asked.stream_options.include_usage
     forms = [CompletionStream(asked.model, include_usage=include_usage, index=i) for i in range(len(starts))]
     return await _answer(asked, starts, forms, fold_generate, warnings)
 
 
-def _completion(
-    request: Request, asked: CompletionRequest, prompt: str | list[int], choice: int, warnings: list[str]
-) -> Callable[[], AsyncGenerator[GenerateResponse]]:
+def _completions(
+    request: Request, asked: CompletionRequest, prompt: str | list[int], warnings: list[str]
+) -> list[Callable[[], AsyncGenerator[GenerateResponse]]]:
+    """All choices of one prompt."""
     text, ids = (prompt, None) if isinstance(prompt, str) else ("", prompt)
-    generate = _with_seed(openai.to_generate(asked, text), choice)
     verbatim = Verbatim(ids, asked.echo) if ids is not None or asked.echo else None
-    return partial(generate_lines, services(request), generate, warnings, verbatim)
+    once: Prompts = Once()
+    each = [_with_seed(openai.to_generate(asked, text), choice) for choice in range(asked.n)]
+    return [partial(generate_lines, services(request), generate, warnings, verbatim, once) for generate in each]
 
 
 async def _answer(
@@ -78,7 +82,7 @@ async def _answer(
     parts: list[list[Any]] = [[] for _ in starts]
     async for index, line in told:
         parts[index].append(line)
-    return JSON(choices.whole([fold(part) for part in parts]), headers=warning_header(list(dict.fromkeys(warnings))))
+    return JSON(choices.whole([fold(part) for part in parts]), headers=warning_header(warnings))
 
 
 def _with_seed(request: AnyRequest, choice: int) -> AnyRequest:

@@ -11,6 +11,7 @@ from typing import Any
 from ollamapy.api import options as option_table
 from ollamapy.api.decode import lifetime
 from ollamapy.api.types import EmbedRequest, EmbedResponse
+from ollamapy.engine.protocol import Embedding
 from ollamapy.errors import BadRequest, EngineError, NotFound, NotSupported
 from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.server.caller import with_tier
@@ -20,6 +21,8 @@ from ollamapy.store.library import LocalModel
 from ollamapy.tokenizer import Tokenizer
 
 MAX_INPUTS = 2048
+TOGETHER = 64  # of a request's texts in the engine at a time: twice what fills a step, and others come between
+COUNTED = 8  # texts in the engine that count as one request in the limits of the queue
 _THREAD_CHARS = 16384  # more text than this is encoded in a thread
 
 
@@ -44,22 +47,25 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
         raise NotSupported(f"cloud models are not supported: {request.model}")
     if model.adapter_paths:
         raise NotSupported(f"embeddings of a model with adapters are not supported: {request.model}")
+    weight = max(1, min(len(texts), TOGETHER) // COUNTED)
     options, notes = option_table.merge(model.params, request.options)
     warnings += notes
-    async with services.residents.use(model, options, lifetime(request.keep_alive), record.caller.client) as loaded:
+    async with services.residents.use(model, options, lifetime(request.keep_alive), record.caller.client, weight) as loaded:
         load_ns = time.monotonic_ns() - arrival
         limit = min(options.num_ctx or loaded.context_length, loaded.max_context)
         encoded = await _encode_all(texts, loaded.tokenizer)
         total = sum(map(len, encoded))
         encoded = [_cut(ids, loaded.tokenizer, limit, request.truncate) for ids in encoded]
-        vectors = await _run(loaded, encoded)
+        record.queue_position = loaded.engine.num_waiting
+        embeddings = await _run(loaded, encoded)
+    record.queue_ns = min((each.queue_ns for each in embeddings), default=0)
     num_tokens = sum(map(len, encoded))
     record.answer(num_tokens).generated("stop", 0, 0, 0)
     if num_tokens < total:
         warnings.append(f"the input was truncated: {total - num_tokens} of its {total} tokens were cut")
     return EmbedResponse(
         model=request.model,
-        embeddings=[_finished(vector, request.dimensions, normalize) for vector in vectors],
+        embeddings=[_finished(array("f", each.vector), request.dimensions, normalize) for each in embeddings],
         total_duration=time.monotonic_ns() - arrival,
         load_duration=load_ns,
         prompt_eval_count=num_tokens,
@@ -105,17 +111,23 @@ def _cut(ids: list[int], tokenizer: Tokenizer, limit: int, truncate: bool) -> li
     return ids[: limit - tail] + ids[len(ids) - tail :]
 
 
-async def _run(loaded: LoadedModel[LocalModel], encoded: list[list[int]]) -> list[array[float]]:
-    """All together; the first failure ends the others."""
+async def _run(loaded: LoadedModel[LocalModel], encoded: list[list[int]]) -> list[Embedding]:
+    """TOGETHER at a time; the first failure ends the others."""
+    room = asyncio.Semaphore(TOGETHER)
+
+    async def one(ids: list[int]) -> Embedding:
+        async with room:
+            return await loaded.engine.embed(ids, current().caller)
+
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(loaded.engine.embed(ids, current().caller)) for ids in encoded]
+            tasks = [group.create_task(one(ids)) for ids in encoded]
     except* Exception as failures:
         first: BaseException = failures
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from None
-    return [array("f", task.result().vector) for task in tasks]
+    return [task.result() for task in tasks]
 
 
 def _finished(vector: array[float], dimensions: int, normalize: bool) -> list[float]:

@@ -24,6 +24,7 @@ from ollamapy.chat.format import ChatFormat, Think
 from ollamapy.server import embedding
 from ollamapy.server.body import read
 from ollamapy.server.catalog import Services, require_name, services
+from ollamapy.server.choices import Once
 from ollamapy.server.prompt import Prompt, Room, chat_prompt, conversation, ids_prompt, text_prompt
 from ollamapy.server.stream import JSON, NDJSON, collected, streamed, warning_header
 from ollamapy.server.tools import tool_use
@@ -74,6 +75,9 @@ async def embeddings(request: Request) -> Response:
     return JSON(EmbeddingsResponse(vector), headers=warning_header(warnings))
 
 
+Prompts = Once[Prompt]
+
+
 class Verbatim(NamedTuple):
     """A prompt that no template touches: the request's text, or these ids in place of it. `echo`: it comes first."""
 
@@ -82,7 +86,11 @@ class Verbatim(NamedTuple):
 
 
 async def generate_lines(
-    services: Services, request: GenerateRequest, warnings: list[str], verbatim: Verbatim | None = None
+    services: Services,
+    request: GenerateRequest,
+    warnings: list[str],
+    verbatim: Verbatim | None = None,
+    once: Prompts | None = None,
 ) -> AsyncGenerator[GenerateResponse]:
     conflict = ""
     if request.raw and bool(request.template or request.system or request.context):
@@ -100,6 +108,7 @@ async def generate_lines(
         echo=verbatim is not None and verbatim.echo,
         conflict=conflict,
         unsupported="images" if request.images else "",
+        once=once or Once(),
     )
     async with aclosing(run(services, request, turn, warnings)) as pieces:
         async for said in pieces:
@@ -115,7 +124,9 @@ async def generate_lines(
             )
 
 
-async def chat_lines(services: Services, request: ChatRequest, warnings: list[str]) -> AsyncGenerator[ChatResponse]:
+async def chat_lines(
+    services: Services, request: ChatRequest, warnings: list[str], once: Prompts | None = None
+) -> AsyncGenerator[ChatResponse]:
     require_name(request.model)
     needs = {"completion": f'"{request.model}" does not support chat'}
     tools = tool_use(request)
@@ -130,6 +141,7 @@ async def chat_lines(services: Services, request: ChatRequest, warnings: list[st
         conflict=f"messages: more than {MAX_MESSAGES}" if len(request.messages) > MAX_MESSAGES else "",
         unsupported="images" if any(message.images for message in request.messages) else "",
         tools=tools,
+        once=once or Once(),
     )
     async with aclosing(run(services, request, turn, warnings)) as pieces:
         async for said in pieces:

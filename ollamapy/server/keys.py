@@ -15,7 +15,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ollamapy.errors import OllamapyError, Unauthorized
-from ollamapy.server.caller import key_of
+from ollamapy.server.caller import key_of, with_key
+from ollamapy.server.record import current
 from ollamapy.server.stream import error_response
 
 OPEN = ("/", "/api/version")  # what health checks ask for; says nothing of models
@@ -70,6 +71,8 @@ class Keys:
                 text = "invalid API key" if key else "this server needs an API key: send it as Authorization: Bearer KEY"
                 await error_response(scope["path"], Unauthorized(text))(scope, receive, send)
                 return
+            record = current()
+            record.caller = with_key(record.caller, key)
         await self.app(scope, receive, send)
 
     def _holds(self, key: str) -> bool:

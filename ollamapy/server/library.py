@@ -35,6 +35,7 @@ from ollamapy.store.digest import Digest
 from ollamapy.store.library import LocalModel, ModelSummary
 
 FOREVER = timedelta(days=292 * 365)  # how a model that is never unloaded says when it will be
+STATS_TIMEOUT = 10.0  # seconds; a step of a big prompt takes some, and an engine that is stopped takes for ever
 _WRITE_BYTES = 4 << 20  # of an upload, written and hashed in a thread at a time
 
 
@@ -46,12 +47,13 @@ async def tags(request: Request) -> Response:
 async def ps(request: Request) -> Response:
     """With `?verbose=1` also what each engine is and does, and the tasks that the daemon has."""
     verbose = request.query_params.get("verbose") in ("1", "true")
-    loaded = services(request).residents
-    rows = [_running(row) for row in loaded.running()]
+    models = services(request).residents.running()
+    rows = [_running(model) for model in models]
     if not verbose:
         return JSON(RunningResponse(rows))
-    for row, model in zip(rows, loaded.running(), strict=True):
-        row.engine = await _engine(model)
+    told = await asyncio.gather(*(_engine(model) for model in models))
+    for row, facts in zip(rows, told, strict=True):
+        row.engine = facts
     return JSON(RunningResponse(rows, {"tasks": len(asyncio.all_tasks())}))
 
 
@@ -199,8 +201,11 @@ def _running(row: Running) -> RunningModel:
 
 async def _engine(row: Running) -> dict[str, Any]:
     facts = {"requests": row.num_requests, "resident_bytes": row.resident_bytes, **msgspec.to_builtins(row.info)}
+    facts["pid"] = row.engine.pid
     try:
-        return {**facts, "pid": row.engine.pid, "stats": msgspec.to_builtins(await row.engine.stats())}
+        return {**facts, "stats": msgspec.to_builtins(await asyncio.wait_for(row.engine.stats(), STATS_TIMEOUT))}
+    except TimeoutError:
+        return {**facts, "error": f"the engine has not told its figures within {STATS_TIMEOUT:g} s"}
     except EngineError as error:  # it ends at this moment
         return {**facts, "error": str(error)}
 

@@ -130,8 +130,8 @@ async def collected(events: AsyncIterator[T]) -> list[T]:
 
 
 def warning_header(warnings: Sequence[str]) -> dict[str, str]:
-    """The warnings in one header, ASCII only; none when there are none."""
-    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+    """The warnings in one header, each once, ASCII only; none when there are none."""
+    text = "; ".join(dict.fromkeys(warnings)).encode("ascii", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else " " for c in text)
     return {WARNING_HEADER: text[:MAX_WARNING]} if text else {}
 

@@ -13,32 +13,27 @@ An object with just one of the five keys is ours: as a schema it would allow eve
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
-import logging
+import math
 import re
-import sys
+import time
 from collections import OrderedDict
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from ollamapy.chat.thinking import ThinkingParser
-from ollamapy.env import child_environment
 from ollamapy.errors import BadRequest
+from ollamapy.server.checkers import Checkers, Failed
 from ollamapy.server.gbnf_lark import to_lark
-
-log = logging.getLogger(__name__)
+from ollamapy.server.record import current
 
 MAX_BYTES = 64 << 10  # of a format, as JSON
 MAX_DEPTH = 32
-SECONDS = 2.0  # to check one
 MAX_REMEMBERED = 256
-_ROOT = str(Path(__file__).parents[2])
-_START = f"import sys; sys.path.append({_ROOT!r}); from ollamapy.server.grammar_check import main; main()"
-COMMAND = (sys.executable, "-P", "-c", _START)
+TOGETHER = 4.0  # seconds in which the last of a request's formats must have begun to be checked
+FAILED_FOR = 300.0  # seconds; a machine that was busy may have been the reason
 _OURS = {"regex": str, "lark": str, "gbnf": str, "grammar": str, "choices": list}
 _IS_LARK = re.compile(r"^\s*(%llguidance\b|start\s*:(?!:))", re.MULTILINE)
 # llguidance's default is any white space, of which small models write without end. One level of indentation a line break.
@@ -72,76 +67,69 @@ def _after_thinking(parser: ThinkingParser, body: str) -> str:
 
 
 class Formats:
-    """Checks formats, one at a time, and remembers what came of it. The child starts with the first one."""
+    """Checks formats and remembers what came of it: for good what llguidance said, for a while what it did not live to say."""
 
     def __init__(self) -> None:
-        self._remembered: OrderedDict[bytes, Answer | str] = OrderedDict()
-        self._lock = asyncio.Lock()
-        self._child: asyncio.subprocess.Process | None = None
+        self._remembered: OrderedDict[bytes, tuple[Answer | BadRequest, float]] = OrderedDict()  # and until when
+        self._checkers = Checkers()
 
     async def check(self, format: Any) -> Answer | None:
-        """None for no format. Raises BadRequest with llguidance's reason when an answer cannot be held to it."""
+        """None for no format. Raises BadRequest with llguidance's reason when an answer cannot be held to it, ServerBusy."""
         if format in (None, ""):
             return None
-        text = _bounded(format)
-        key = hashlib.sha256(text).digest()
-        found = self._remembered.pop(key, None)
-        if found is None:
-            entry = _entry(format)
-            error = await self._ask(entry)
-            found = error or Answer(entry)
-        self._remembered[key] = found
-        if len(self._remembered) > MAX_REMEMBERED:
-            self._remembered.popitem(last=False)
-        if isinstance(found, str):
-            raise BadRequest(f"invalid format: {found}")
+        (found,) = await self.check_all([format])
+        if isinstance(found, BadRequest):
+            raise BadRequest(str(found))  # the one that is remembered would gather tracebacks
         return found
 
+    async def check_all(self, formats: Sequence[Any]) -> list[Answer | BadRequest]:
+        """Of each what `check` returns or raises. Those that are new have TOGETHER seconds. Raises ServerBusy."""
+        asked = [_asked(format) for format in formats]
+        found = [each if isinstance(each, BadRequest) else self._recall(each.key) for each in asked]
+        if None in found:
+            async with self._checkers.turn(current().caller.client):
+                end = time.monotonic() + TOGETHER
+                for at, each in enumerate(asked):
+                    if found[at] is None and isinstance(each, _Asked):
+                        found[at] = self._recall(each.key) or await self._try(each, end)  # perhaps known since its turn came
+        return [each for each in found if each is not None]
+
     async def close(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+        await self._checkers.close()
 
-    async def _ask(self, entry: dict[str, Any]) -> str:
-        """What is wrong with a grammar; "" when nothing is. Raises BadRequest when that takes too long or ends the child."""
-        question = msgspec.json.encode({"grammars": [{"lark_grammar": _TOP + "start: @answer"}, {"name": "answer", **entry}]})
-        async with self._lock:
-            try:
-                child = self._child
-                if child is None or child.returncode is not None:
-                    child = await self._start()
-                assert child.stdin is not None and child.stdout is not None
-                async with asyncio.timeout(SECONDS):
-                    child.stdin.write(question + b"\n")
-                    await child.stdin.drain()
-                    line = await child.stdout.readline()
-                return str(msgspec.json.decode(line))
-            except TimeoutError:
-                await self.close()
-                raise BadRequest(f"invalid format: it takes more than {SECONDS:g} s to compile") from None
-            except (OSError, RuntimeError, msgspec.DecodeError):  # the child has ended: its memory, or a fault in llguidance
-                await self.close()
-                raise BadRequest("invalid format: it cannot be compiled") from None
-            except asyncio.CancelledError:  # the child would answer the next question with this one's answer
-                await self.close()
-                raise
+    async def _try(self, asked: _Asked, end: float) -> Answer | BadRequest:
+        if time.monotonic() >= end:
+            return BadRequest(f"invalid format: those before it took more than {TOGETHER:g} s to compile")
+        entries = [{"lark_grammar": f"{_TOP}start: @answer"}, {"name": "answer", **asked.entry}]
+        until = math.inf
+        try:
+            problem = await self._checkers.ask(msgspec.json.encode({"grammars": entries}))
+        except Failed as failure:
+            problem, until = str(failure), time.monotonic() + FAILED_FOR
+        found = BadRequest(f"invalid format: {problem}") if problem else Answer(asked.entry)
+        self._remembered[asked.key] = found, until
+        if len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+        return found
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        pipe = asyncio.subprocess.PIPE
-        environment = child_environment(OPENBLAS_NUM_THREADS="1", RAYON_NUM_THREADS="1")
-        child = await asyncio.create_subprocess_exec(
-            *COMMAND,
-            stdin=pipe,
-            stdout=pipe,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is the daemon's; the child ends with its stdin
-        )
-        self._child = child  # before anything is awaited: a client that leaves now must not leave a process behind
-        assert child.stdout is not None
-        await child.stdout.readline()  # it has imported what it needs: the time that counts begins now
-        return child
+    def _recall(self, key: bytes) -> Answer | BadRequest | None:
+        found, until = self._remembered.pop(key, (None, 0.0))
+        if found is None or until < time.monotonic():
+            return None
+        self._remembered[key] = found, until
+        return found
+
+
+class _Asked(NamedTuple):
+    key: bytes
+    entry: dict[str, Any]
+
+
+def _asked(format: Any) -> _Asked | BadRequest:
+    try:
+        return _Asked(hashlib.sha256(_bounded(format)).digest(), _entry(format))
+    except BadRequest as error:
+        return error
 
 
 def _bounded(format: Any) -> bytes:

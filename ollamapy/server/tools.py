@@ -43,17 +43,18 @@ class ToolUse(NamedTuple):
         Raises BadRequest that names the tool when it must be called or is strict; else its arguments are any object, and a
         warning says so.
         """
+        tools = [tool for tool in self.tools if _name(tool) in self.allowed]
+        schemas = [_parameters(tool) for tool in tools]
+        answers = iter(await formats.check_all([schema for schema in schemas if not isinstance(schema, BadRequest)]))
         found: dict[str, dict[str, Any]] = {}
-        for tool in self.tools:
-            name = _name(tool)
-            if name not in self.allowed:
-                continue
-            try:
-                found[name] = await _parameters(tool, formats)
-            except BadRequest as error:
-                if self.required or _strict(tool):
-                    raise BadRequest(f"tools: {name}: {error}") from None
-                warnings.append(f"tools: {name}: the arguments of its calls are not held to its parameters: {error}")
+        for tool, schema in zip(tools, schemas, strict=True):
+            answer, name = schema if isinstance(schema, BadRequest) else next(answers), _name(tool)
+            if not isinstance(answer, BadRequest):
+                found[name] = answer.entry
+            elif self.required or _strict(tool):
+                raise BadRequest(f"tools: {name}: {answer}")
+            else:
+                warnings.append(f"tools: {name}: the arguments of its calls are not held to its parameters: {answer}")
                 found[name] = _ANY_OBJECT
         if sum(len(msgspec.json.encode(entry)) for entry in found.values()) > MAX_BYTES:
             text = f"tools: their parameters are more than {MAX_BYTES} bytes of JSON"
@@ -131,13 +132,11 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
     return ToolUse(request.tools, names if wanted is None else (wanted,), required, request.parallel_tool_calls)
 
 
-async def _parameters(tool: Tool, formats: Formats) -> dict[str, Any]:
+def _parameters(tool: Tool) -> dict[str, Any] | BadRequest:
     schema = tool.function.get("parameters") or {"properties": {}}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        raise BadRequest("parameters must be a JSON Schema of an object")
-    checked = await formats.check({**schema, "type": "object"})
-    assert checked is not None
-    return checked.entry
+        return BadRequest("parameters must be a JSON Schema of an object")
+    return {**schema, "type": "object"}
 
 
 def _strict(tool: Tool) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from ollamapy.lifecycle.resident import LoadedModel
 from ollamapy.server.answer import Piece, answer, first_logprob, sampling
 from ollamapy.server.caller import with_tier
 from ollamapy.server.catalog import Services
+from ollamapy.server.choices import Once
 from ollamapy.server.prompt import Prompt, Room
 from ollamapy.server.record import current
 from ollamapy.server.tools import ToolUse
@@ -55,6 +56,7 @@ class Turn:
     unsupported: str = ""
     echo: bool = False
     tools: ToolUse | None = None
+    once: Once[Prompt] = field(default_factory=Once)  # shared with the other choices of the same prompt
 
 
 class Said(NamedTuple):
@@ -100,14 +102,14 @@ async def run(services: Services, request: Inference, turn: Turn, warnings: list
             return
         if options.num_ctx > loaded.max_context:
             warnings.append(f"num_ctx: {options.num_ctx} is more than this model has here: {loaded.max_context} is used")
-        # a template of the request's own is a program that may run for a second
-        slow = bool(turn.template) or record.body_bytes + _own_chars(model) > _INLINE_BYTES
+        slow = _is_slow(turn, model, record.body_bytes)
         chat = await _in_thread_if(slow, services.format, loaded, turn.template)
         style = chat.call_style
         if turn.tools and style is None:
             raise BadRequest(f"tools: the way in which {request.model} writes calls is not supported")
         room = _room(options, request, loaded)
-        prompt = await _in_thread_if(slow, turn.prompt, model, chat, think, loaded.tokenizer, room)
+        parts = (model, chat, think, loaded.tokenizer, room)
+        prompt = await turn.once.get((loaded.tokenizer, room), lambda: _in_thread_if(slow, turn.prompt, *parts))
         if prompt.num_cut:
             record.cut_tokens = prompt.num_cut
             warnings.append(f"the prompt was truncated: {prompt.num_cut} of its {prompt.total} tokens were cut")
@@ -188,9 +190,10 @@ def _num_ctx(options: Options, loaded: LoadedModel[LocalModel]) -> int:
     return min(options.num_ctx or loaded.context_length, loaded.max_context)
 
 
-def _own_chars(model: LocalModel) -> int:
-    """Of what the model puts before each conversation."""
-    return len(model.system) + sum(len(message.content or "") for message in model.messages)
+def _is_slow(turn: Turn, model: LocalModel, body_bytes: int) -> bool:
+    """Whether the prompt may take long to make: by its length, or as a template of its own may run for a second."""
+    own = len(model.system) + sum(len(message.content or "") for message in model.messages)
+    return bool(turn.template) or body_bytes + own > _INLINE_BYTES
 
 
 async def _in_thread_if(long: bool, make: Callable[..., T], *arguments: Any) -> T:

@@ -34,6 +34,24 @@ def test_limits() -> None:
     assert len(limits) == 0 and not limits._of_client
 
 
+def test_weights() -> None:
+    """One that counts as many is let in where nothing is, however many that is."""
+    limits = Limits(4, 3, Clock())
+    limits.enter("m", "a", 1, 50)
+    with pytest.raises(ServerBusy) as full:
+        limits.enter("m", "b", 1)
+    assert full.value.limit == "model"
+    limits.leave("m", "a", 50)
+    limits.enter("m", "a", 1, 2)
+    with pytest.raises(ServerBusy) as own:
+        limits.enter("m", "a", 1, 3)
+    assert own.value.limit == "client"
+    limits.enter("m", "b", 1, 3)
+    limits.leave("m", "a", 2)
+    limits.leave("m", "b", 3)
+    assert len(limits) == 0 and not limits._of_client
+
+
 def test_retry_after_is_measured() -> None:
     clock = Clock()
     limits = Limits(10, 0, clock)

@@ -18,7 +18,9 @@ from tests.daemon import SERVE, Serving, free_port
 
 
 class Daemon(Serving):
-    """With a store of its own in the folder `models`."""
+    """With a store of its own in the folder `models`. `headers` go with every request."""
+
+    headers: Mapping[str, str] = {}
 
     def __init__(self, models: Path, log: Path, port: int = 0, command: tuple[str, ...] = SERVE, **variables: str) -> None:
         port = port or free_port()
@@ -26,10 +28,11 @@ class Daemon(Serving):
         super().__init__(log, {**os.environ, **own, **variables}, port, command)
 
     def get(self, path: str) -> Any:
-        return httpx.get(self.url + path, timeout=30, trust_env=False).json()
+        return httpx.get(self.url + path, timeout=30, trust_env=False, headers=self.headers).json()
 
-    def post(self, path: str, body: object, **more: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=120, trust_env=False, **more)
+    def post(self, path: str, body: object, headers: Mapping[str, str] | None = None) -> httpx.Response:
+        given = {**self.headers, **(headers or {})}
+        return httpx.post(self.url + path, json=body, timeout=120, trust_env=False, headers=given)
 
     def engine(self) -> dict[str, Any]:
         """The one loaded engine, as `ps` with verbose has it."""

@@ -1,8 +1,10 @@
-"""Clients that do not read: they are cut, and until then nobody notices them."""
+"""Clients that do not read, and engines that do not answer: nothing waits for them for ever."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import sys
 import time
@@ -19,7 +21,12 @@ from tests.scripted import write_scripted
 from tests.server.daemon import Daemon, request_bytes, running
 
 STALLED = 1.5  # seconds, in place of a minute
-_MAIN = f"from ollamapy.server import connection; connection.STALLED = {STALLED}; from ollamapy.__main__ import main; main()"
+_MAIN = f"""
+from ollamapy.server import connection, library
+from ollamapy.cli.main import main
+connection.STALLED, library.STATS_TIMEOUT = {STALLED}, 0.5
+main()
+"""
 LONG = {"model": "endless", "prompt": "a", "keep_alive": -1, "options": {"num_predict": 20000, "repeat_last_n": 0}}
 
 
@@ -57,6 +64,18 @@ def test_a_client_that_does_not_read_is_cut_and_its_model_may_go(impatient: Daem
         answer = impatient.post("/api/generate", {**LONG, "model": "other", "options": {"num_predict": 2}, "stream": False})
         assert answer.status_code == 200, answer.text
     assert "has read nothing for" in impatient.log.read_text()
+
+
+def test_ps_does_not_wait_for_an_engine_that_is_stopped(impatient: Daemon) -> None:
+    impatient.post("/api/generate", {"model": "other", "prompt": ""})
+    pid = impatient.engine()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        stopped = impatient.engine()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert stopped["pid"] == pid and stopped["error"] == "the engine has not told its figures within 0.5 s"
+    assert impatient.stats()["num_running"] == 0
 
 
 def test_a_client_that_reads_slowly_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:

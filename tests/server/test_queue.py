@@ -6,6 +6,8 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import ollama
 import pytest
@@ -19,15 +21,28 @@ LONG = {"model": MODEL, "prompt": "a", "options": {"num_predict": 20000, "num_ba
 SHORT = {**LONG, "stream": False, "options": {**LONG["options"], "num_predict": 3}}  # type: ignore[dict-item]
 
 
-@pytest.fixture(scope="module")
-def queued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+@contextmanager
+def endless(folder: Path, **variables: str) -> Iterator[Daemon]:
     """Four sequences run together; 40 may wait, and 20 of one client."""
-    folder = tmp_path_factory.mktemp("queued")
     path = write_scripted(folder / "m.gguf", [f"\u2581w{n}" for n in range(100)], loop=True)
-    with running(folder / "models", folder / "log", OLLAMA_MAX_QUEUE="40", OLLAMA_KEEP_ALIVE="-1") as daemon:
-        with ollama.Client(daemon.url) as client:
+    settings = {"OLLAMA_MAX_QUEUE": "40", "OLLAMA_KEEP_ALIVE": "-1", **variables}
+    with running(folder / "models", folder / "log", **settings) as daemon:
+        daemon.headers = key("test")
+        with ollama.Client(daemon.url, headers=dict(daemon.headers)) as client:
             client.create(MODEL, files={"m.gguf": client.create_blob(path)})
         assert daemon.post("/api/generate", {**LONG, "prompt": ""}).status_code == 200
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def queued(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with endless(tmp_path_factory.mktemp("queued"), OLLAMAPY_API_KEYS="test,flood,light,one,two,three") as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def keyless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with endless(tmp_path_factory.mktemp("keyless")) as daemon:
         yield daemon
 
 
@@ -38,13 +53,16 @@ def key(name: str) -> dict[str, str]:
 class Flood:
     """Requests of one client that do not end, each on a connection of its own."""
 
-    def __init__(self, daemon: Daemon, count: int, headers: dict[str, str], source: str = "127.0.0.1", **body: object) -> None:
+    def __init__(
+        self, daemon: Daemon, count: int, headers: dict[str, str] | None, source: str = "127.0.0.1", **body: object
+    ) -> None:
+        """Without `headers`, each comes with a key that it made up."""
         self.daemon = daemon
         self.sockets: list[socket.socket] = []
         self.before = before = daemon.engine()["requests"]
-        for _ in range(count):
+        for number in range(count):
             sock = socket.create_connection(("127.0.0.1", daemon.port), timeout=60, source_address=(source, 0))
-            sock.sendall(request_bytes("POST", "/api/generate", {**LONG, **body}, headers))
+            sock.sendall(request_bytes("POST", "/api/generate", {**LONG, **body}, headers or key(f"made up {number}")))
             self.sockets.append(sock)
         deadline = time.monotonic() + 20
         while daemon.engine()["requests"] < before + count or not daemon.stats()["num_running"]:
@@ -64,9 +82,11 @@ class Flood:
 
 
 @pytest.mark.parametrize("by", ["key", "address"])
-def test_one_request_passes_a_flood(queued: Daemon, by: str) -> None:
-    """Within a few steps, though nothing of the flood ever ends."""
-    flood, light = (key("flood"), key("light")) if by == "key" else ({}, {})
+def test_one_request_passes_a_flood(request: pytest.FixtureRequest, by: str) -> None:
+    """Within a few steps, though nothing of the flood ever ends. Where the server has no keys, what requests say of theirs does
+    not matter: neither are those with different ones different clients, nor those with the same one the same."""
+    queued: Daemon = request.getfixturevalue("queued" if by == "key" else "keyless")
+    flood, light = (key("flood"), key("light")) if by == "key" else (None, key("made up 1"))
     with Flood(queued, 20, flood, "127.0.0.1" if by == "key" else "127.0.0.3"):
         assert queued.stats()["num_waiting"] == 20 - SEATS
         for _ in range(3):
@@ -136,6 +156,32 @@ def test_answers_say_how_long_they_waited(queued: Daemon) -> None:
         assert status == 200 and headers["content-type"].startswith("application/x-ndjson")
         assert int(headers["x-queue-position"]) == 3
         assert float(headers["x-queue-time-ms"]) >= 400
+
+
+@pytest.mark.parametrize("path", ["/api/embed", "/v1/embeddings"])
+def test_embeddings_say_how_long_they_waited(queued: Daemon, path: str) -> None:
+    alone = queued.post(path, {"model": MODEL, "input": ["a", "b"]})
+    assert alone.headers["x-queue-position"] == "0" and float(alone.headers["x-queue-time-ms"]) < 1000
+    with Flood(queued, SEATS + 3, key("one")) as flood, connect(queued) as sock:
+        sock.sendall(request_bytes("POST", path, {"model": MODEL, "input": "a"}, {**key("one"), "X-Service-Tier": "flex"}))
+        time.sleep(0.5)
+        for other in flood.sockets:
+            other.close()
+        status, headers, _ = read_head(sock)
+        assert status == 200 and int(headers["x-queue-position"]) == 3 and float(headers["x-queue-time-ms"]) >= 400
+
+
+def test_a_big_request_of_embeddings_counts_as_several(queued: Daemon) -> None:
+    """Of its 300 texts 64 are in the engine at a time, which is 8 requests; where nobody is before it, none is too big."""
+    big = {"model": MODEL, "input": ["a"] * 300}
+    assert len(queued.post("/api/embed", big).json()["embeddings"]) == 300
+    with Flood(queued, SEATS + 13, key("one")):
+        waiting = queued.stats()["num_waiting"]
+        assert queued.post("/api/embed", big, headers=key("one")).status_code == 503
+        with connect(queued) as sock:
+            sock.sendall(request_bytes("POST", "/api/embed", big, {**key("two"), "X-Service-Tier": "flex"}))
+            time.sleep(0.5)
+            assert queued.stats()["num_waiting"] <= waiting + 64
 
 
 def test_a_context_that_is_shifted_says_how_often(queued: Daemon) -> None:
