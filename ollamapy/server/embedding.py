@@ -56,11 +56,12 @@ async def embed(services: Services, request: EmbedRequest, warnings: list[str], 
         encoded = await _encode_all(texts, loaded.tokenizer)
         total = sum(map(len, encoded))
         encoded = [_cut(ids, loaded.tokenizer, limit, request.truncate) for ids in encoded]
-        record.queue_position = loaded.engine.num_waiting
+        num_waiting = loaded.engine.num_waiting
         embeddings = await _run(loaded, encoded)
-    record.queue_ns = min((each.queue_ns for each in embeddings), default=0)
     num_tokens = sum(map(len, encoded))
-    record.answer(num_tokens).generated("stop", 0, 0, 0)
+    account = record.answer(num_tokens, num_waiting)
+    account.queue_ns = min((each.queue_ns for each in embeddings), default=0)
+    account.generated("stop", 0, 0, 0)
     if num_tokens < total:
         warnings.append(f"the input was truncated: {total - num_tokens} of its {total} tokens were cut")
     return EmbedResponse(
