@@ -148,6 +148,18 @@ def test_a_library_of_other_sources_is_not_used(source_copy: Path, tmp_path: Pat
     assert find_library(package, settings) == (kept, "built on first use")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs ziglang, a compiler for other machines")
+def test_the_sources_compile_for_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build.platform, "machine", lambda: "aarch64")
+    assert list(_build.isas()) == ["base"]
+    zig = (sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu")
+    commands = _build.compile_commands(ROOT / "csrc", TORCH, "", ("base",))
+    objects = _build.compile_all(tmp_path, {name: [*zig, *command[1:], "-O1"] for name, command in commands.items()})
+    for path in objects:
+        assert Path(path).read_bytes()[18:20] == b"\xb7\0", "not for aarch64"
+
+
 def test_an_empty_library_is_not_used(source_copy: Path, tmp_path: Path) -> None:
     (source_copy / "ollamapy" / _build.LIBRARY).touch()
     outcome, errors = copy_report(source_copy, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path / "cache"))

@@ -66,16 +66,20 @@ def test_a_sleeping_team_takes_no_time(program: Path) -> None:
     assert float(_run(program, "idle")) < 0.002
 
 
-@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) > 4, reason="there are cores for both")
 def test_two_teams_on_the_same_cores_share_them(program: Path) -> None:
-    """Two processes of two threads each, on two cores, do together most of what one does alone. Barriers that spin until the
-    other thread comes would get 2 % of it done."""
-    alone = int(_run(program, "time", "1"))
-    both = [subprocess.Popen([str(program), "time", "1"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    counts = [int(process.communicate(timeout=60)[0]) for process in both]
-    print(f"alone {alone} runs a second, together {counts}: {sum(counts) / alone:.2f}")
-    assert sum(counts) >= 0.25 * alone
+    """Two processes of two threads each, on two cores, do together 0.7 to 1.1 times what one does alone. Barriers that spin
+    until the other thread comes would get 2 % of it done."""
+    best = 0.0
+    for _ in range(5):  # beside other processes either figure may be anything
+        alone = int(_run(program, "time", "0.5"))
+        both = [subprocess.Popen([str(program), "time", "0.5"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        counts = [int(process.communicate(timeout=60)[0]) for process in both]
+        print(f"alone {alone} runs, together {counts}: {sum(counts) / alone:.2f}")
+        best = max(best, sum(counts) / alone)
+        if best >= 0.5:
+            return
+    raise AssertionError(f"together {best:.2f} of what one does alone")
 
 
 def test_helpers_of_a_load_do_not_stay_nice() -> None:

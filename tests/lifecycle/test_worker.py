@@ -67,6 +67,7 @@ def test_cold_start_answer_crash_and_answer_again(smollm2_path: Path, tmp_path: 
                 abs(residents._residents[(str(smollm2_path), "")].placement.weight_bytes / loaded.engine.info.weight_bytes - 1)
                 < 0.2
             )
+        assert min([await cpu_seconds_of_idling(pid) for _ in range(2)]) < 0.01, "no thread spins"
         os.kill(pid, signal.SIGKILL)
         async with asyncio.timeout(1):
             while residents.running():
@@ -78,6 +79,19 @@ def test_cold_start_answer_crash_and_answer_again(smollm2_path: Path, tmp_path: 
         assert not exists(other_pid)
 
     asyncio.run(main())
+
+
+async def cpu_seconds_of_idling(pid: int) -> float:
+    """What a process without a request takes in a second."""
+
+    def used() -> int:
+        tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+        return sum(int(task.read_text().split()[0]) for task in tasks)
+
+    await asyncio.sleep(0.1)
+    before = used()
+    await asyncio.sleep(1.0)
+    return (used() - before) * 1e-9
 
 
 async def refusals(residents: Residents, model: FakeModel, tmp_path: Path) -> None:

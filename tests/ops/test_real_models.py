@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ def named(request: pytest.FixtureRequest) -> Iterator[tuple[str, Decoder]]:
     path: Path = request.getfixturevalue(f"{request.param}_path")
     with GGUFFile.open(path) as file:
         model = load_model(file, torch.device("cpu"), kernels="csrc")
-    assert ops.chosen()["stack"] == "csrc" and ops.chosen()["linear"] == "csrc"
+    assert ops.chosen()["linear"] == "csrc" and all(stage._stack is not None for stage in model._stages), (
+        "one call for all layers"
+    )
     yield NAMES[request.param], model
 
 
@@ -74,6 +77,10 @@ def _mean_kl(name: str, model: Decoder, dtype: torch.dtype) -> float:
     return float(kl.mean())
 
 
+# The edge of 256 keys is passed in a prompt and while decoding, so are gemma3's window of 512 and two edges at once.
+LONG = {1: 254, 2: 510, 3: 530}
+
+
 class Requests:
     """Texts of 64 requests, and the hidden states of each when it runs alone, whole."""
 
@@ -83,15 +90,19 @@ class Requests:
         shared = [random_.randrange(vocabulary) for _ in range(48)]
         self.texts: dict[str, list[int]] = {}
         for i in range(REQUESTS):
-            own = [random_.randrange(vocabulary) for _ in range(random_.choice([1, 2, 5, 15, 16, 17, 30, 60]))]
+            length = random_.choice([1, 2, 5, 15, 16, 17, 30, 60])
+            own = [random_.randrange(vocabulary) for _ in range(LONG.get(i, length))]
             self.texts[str(i)] = shared + own if i % 4 == 0 else own
         self.alone: dict[str, Tensor] = {}
         for name, ids in self.texts.items():
-            self.alone[name] = Paged(model, num_blocks=8, dtype=dtype).run({name: [*ids, *self.answer(name)]})[name]
+            self.alone[name] = Paged(model, num_blocks=34, dtype=dtype).run({name: [*ids, *self.answer(name)]})[name]
 
     def answer(self, name: str) -> list[int]:
         """Four tokens that are decoded one by one."""
         return [(int(name) * 7919 + i) % 1000 for i in range(4)]
+
+
+_requests = lru_cache(maxsize=1)(Requests)
 
 
 def _prefill(paged: Paged, requests: Requests, rng: random.Random) -> None:
@@ -125,10 +136,10 @@ def test_batch_mates_chunks_and_reused_blocks_change_no_bit(
 ) -> None:
     _, model = named
     ops.set_threads(2)
-    requests = Requests(model, dtype)
+    requests = _requests(model, dtype)
     ops.set_threads(threads)
     rng = random.Random(threads)
-    paged = Paged(model, num_blocks=420, dtype=dtype, seed=threads)
+    paged = Paged(model, num_blocks=500, dtype=dtype, seed=threads)
     _prefill(paged, requests, rng)
     for step in range(4):
         order = rng.sample(list(requests.texts), REQUESTS)
@@ -136,8 +147,7 @@ def test_batch_mates_chunks_and_reused_blocks_change_no_bit(
         _check(rows, requests, paged)
     together = model.logits(torch.cat(list(rows.values())))
     for i, name in enumerate(rows):
-        if i % 8 == 0:
-            assert torch.equal(together[i : i + 1], model.logits(requests.alone[name][-1:]))
+        assert torch.equal(together[i : i + 1], model.logits(requests.alone[name][-1:])), name
     ops.set_threads(2)
 
 
