@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ollamapy.engine.batch import Batch, KVCache
+from ollamapy.engine.transfer import sent
 from ollamapy.triton_kernels import tuning
 
 TILE_ROWS = 64  # of queries times heads, in prefill; half as many in float32, which no tensor core multiplies exactly
@@ -78,7 +79,7 @@ class AttentionPlan:
         parts = [triton.cdiv(context, self.split_keys) if splits else 0 for context in contexts]
         starts = [0, *accumulate(parts)]
         table = [(s, first, start) for (s, first), start in zip(pairs, starts, strict=False)]
-        sequence, first, part = torch.tensor(table, dtype=torch.int32, device=device).t().contiguous()
+        sequence, first, part = sent(torch.tensor(table, dtype=torch.int32).t().contiguous(), device)
         return Launch(sequence, first, part, tokens, rows, splits, starts[-1])
 
 

@@ -18,6 +18,7 @@ from ollamapy.engine.build import build_batch, num_wanted
 from ollamapy.engine.protocol import MAX_ADAPTERS
 from ollamapy.engine.runner import ModelRunner
 from ollamapy.engine.schedule import Schedule
+from ollamapy.engine.transfer import sent
 from ollamapy.errors import NotSupported
 
 
@@ -77,6 +78,6 @@ def adapter_rows(step: Schedule, device: torch.device) -> tuple[AdapterRows, ...
             rows.setdefault((place, id(adapter), scale), (adapter, []))[1].extend(range(start, start + length))
         start += length
     return tuple(
-        AdapterRows(adapter, scale, torch.tensor(own, device=device))
+        AdapterRows(adapter, scale, sent(torch.tensor(own), device))
         for (_, _, scale), (adapter, own) in sorted(rows.items(), key=lambda item: item[0][0])
     )

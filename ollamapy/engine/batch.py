@@ -88,8 +88,8 @@ class LayerState:
 class KVCache:
     """One layer's paged cache."""
 
-    key: Tensor  # (num_blocks, block_size, num_kv_heads, key_length)
-    value: Tensor  # (num_blocks, block_size, num_kv_heads, value_length)
+    key: Tensor  # the reference's: (num_blocks, block_size, num_kv_heads, key_length); GPUs have a head's slots together:
+    value: Tensor  # (num_blocks, num_kv_heads, block_size, value_length); q8_0 is bytes
     group: int = 0  # whose slots and block tables it is used with; layers of other groups share the tensors
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from ollamapy.engine.batch import Batch
 from ollamapy.engine.block_check import GONE
 from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Sequence
+from ollamapy.engine.transfer import sent
 
 
 class Shape(NamedTuple):
@@ -71,9 +72,8 @@ def build_batch(step: Schedule, block_size: int, device: torch.device) -> Batch:
     parts = shape.parts(wide, narrow)
     context_lens = fill(parts, step, block_size)
     parts.logit_rows[:] = wanted
-    wide_tensor = torch.from_numpy(wide).to(device, non_blocking=True)
-    narrow_tensor = torch.from_numpy(narrow).to(device, non_blocking=True)
-    return as_batch(shape, wide_tensor, narrow_tensor, step.num_tokens, context_lens)
+    buffers = sent(torch.from_numpy(wide), device), sent(torch.from_numpy(narrow), device)
+    return as_batch(shape, *buffers, step.num_tokens, context_lens)
 
 
 def fill(parts: Parts, step: Schedule, block_size: int) -> list[int]:

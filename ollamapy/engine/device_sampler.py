@@ -17,6 +17,7 @@ from ollamapy import ops
 from ollamapy.engine import filters, mirostat
 from ollamapy.engine.sampler import NOT_FINITE, Sampler, as_logprobs, failure
 from ollamapy.engine.sequence import Result, Sequence
+from ollamapy.engine.transfer import sent
 
 Fetch = Callable[[Tensor], Callable[[], Tensor]]
 """Starts a copy to the host; what it returns waits for that."""
@@ -83,4 +84,4 @@ class DeviceSampler:
 
 
 def _index(rows: list[int], logits: Tensor) -> Tensor:
-    return torch.tensor(rows).to(logits.device, non_blocking=True)
+    return sent(torch.tensor(rows), logits.device)

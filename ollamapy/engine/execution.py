@@ -29,6 +29,7 @@ from ollamapy.engine.sampler import Sampler
 from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.sequence import Result, Sequence
 from ollamapy.engine.speculation import agreed
+from ollamapy.engine.transfer import sent
 from ollamapy.errors import EngineError, failure_text, lacks_memory
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,7 @@ class Execution:
             tokens, owners = before.drawn.tokens, before.schedule.sequences
             if len(owners) != len(schedule):
                 rows = {seq: row for row, seq in enumerate(owners)}
-                index = torch.tensor([rows[seq] for seq in schedule.sequences])
-                tokens = tokens[index.to(tokens.device, non_blocking=True)]
+                tokens = tokens[sent(torch.tensor([rows[seq] for seq in schedule.sequences]), tokens.device)]
             token_ids.copy_(tokens.clamp(min=0))  # -1: it failed, and what follows it is thrown away
 
         try:

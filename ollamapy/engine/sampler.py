@@ -20,6 +20,7 @@ from ollamapy.engine.filters import Floats, Ids
 from ollamapy.engine.grammar import constrain
 from ollamapy.engine.protocol import TokenLogprob
 from ollamapy.engine.sequence import Result, Sequence
+from ollamapy.engine.transfer import sent
 
 NOT_FINITE = "the model's logits are not finite"
 
@@ -62,21 +63,16 @@ class Sampler:
             index = self._suppressed.get(ids)
             if index is None:
                 valid = [token_id for token_id in ids if 0 <= token_id < logits.shape[1]]
-                index = self._suppressed[ids] = _beside(logits, torch.tensor(valid, dtype=torch.int64))
+                index = self._suppressed[ids] = sent(torch.tensor(valid, dtype=torch.int64), logits.device)
             if len(rows) == logits.shape[0]:
                 logits.index_fill_(1, index, -math.inf)
             else:
-                logits[_beside(logits, torch.tensor(rows)).unsqueeze(1), index] = -math.inf
+                logits[sent(torch.tensor(rows), logits.device).unsqueeze(1), index] = -math.inf
 
 
 def failure(seq: Sequence) -> Result:
     """A row without a largest logit: the model's fault, or that of a grammar that allows no token."""
     return Result(error=(seq.grammar.error if seq.grammar is not None else "") or NOT_FINITE)
-
-
-def _beside(logits: Tensor, values: Tensor) -> Tensor:
-    """A copy where the logits are. The host does not wait: else it would for the whole step that makes the logits."""
-    return values.to(logits.device, non_blocking=True)
 
 
 def _add(logits: Tensor, rows: list[tuple[int, dict[int, float]]]) -> None:
@@ -85,8 +81,8 @@ def _add(logits: Tensor, rows: list[tuple[int, dict[int, float]]]) -> None:
     if where:
         ids = [token_id for _, values in rows for token_id in values]
         added = [value for _, values in rows for value in values.values()]
-        index = (_beside(logits, torch.tensor(where)), _beside(logits, torch.tensor(ids)))
-        logits[index] += _beside(logits, torch.tensor(added, dtype=logits.dtype))
+        index = (sent(torch.tensor(where), logits.device), sent(torch.tensor(ids), logits.device))
+        logits[index] += sent(torch.tensor(added, dtype=logits.dtype), logits.device)
 
 
 def penalize(logits: Tensor, sequences: ListLike[Sequence]) -> None:
@@ -100,9 +96,9 @@ def penalize(logits: Tensor, sequences: ListLike[Sequence]) -> None:
     times = np.fromiter((count for _, counts, _ in rows for count in counts.values()), np.float32, len(where))
     factors = np.array([(p.repeat_penalty, p.frequency_penalty, p.presence_penalty) for *_, p in rows], dtype=np.float32)
     repeat, frequency, presence = np.repeat(factors, lengths, axis=0).T
-    index = (_beside(logits, torch.from_numpy(where)), _beside(logits, torch.from_numpy(ids)))
-    factor = _beside(logits, torch.from_numpy(repeat.copy()))
-    less = _beside(logits, torch.from_numpy(times * frequency + presence))
+    index = (sent(torch.from_numpy(where), logits.device), sent(torch.from_numpy(ids), logits.device))
+    factor = sent(torch.from_numpy(repeat.copy()), logits.device)
+    less = sent(torch.from_numpy(times * frequency + presence), logits.device)
     values = logits[index]
     logits[index] = torch.where(values <= 0, values * factor, values / factor) - less
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ollamapy.engine.filters import Floats
 from ollamapy.engine.protocol import SamplingParams
+from ollamapy.engine.transfer import sent
 from ollamapy.reference.sampling import LEVELS
 
 ELEMENTS = 1 << 23  # logits looked at together: a row takes some ten arrays of 8 bytes each, 0.7 GB for 64 rows of 128k
@@ -33,8 +34,7 @@ def ranked(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def cuts_of(params: Sequence[SamplingParams], uniforms: Floats, device: torch.device) -> Tensor:
     """(n, 5) float64 on the device: temperature, top_k, top_p, min_p, uniform."""
     values = [(p.temperature, p.top_k, p.top_p, p.min_p, own) for p, own in zip(params, uniforms.tolist(), strict=True)]
-    pinned = device.type == "cuda"  # else the copy might wait for the step that is on its way
-    return torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(device, non_blocking=True)
+    return sent(torch.tensor(values, dtype=torch.float64), device)
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> Tensor:
@@ -55,7 +55,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> 
         return _drawn(logits, cuts, *groups)
     tokens = torch.empty(len(params), dtype=torch.int64, device=device)
     for count, rows in groups.items():
-        where = torch.tensor(rows).to(device, non_blocking=True)
+        where = sent(torch.tensor(rows), device)
         for index in torch.split(where, most):
             tokens[index] = _drawn(logits[index], cuts[index], count)
     return tokens

@@ -111,10 +111,12 @@ def poison(memory: Tensor) -> None:
 
 
 class _MakesTensors(TorchFunctionMode):
-    """`torch.tensor` asks no mode for what it makes: here it makes it on the host and copies it, as it does."""
+    """`torch.tensor` asks no mode for what it makes: here it makes it on the host and copies it. Pins memory, too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.pin_memory:
+            return _current[-1].pinned(args[0].clone())
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == KIND:
             return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         return func(*args, **kwargs)
@@ -168,7 +170,9 @@ class Late(TorchDispatchMode):
         recording.free = [memory for memory, token in self._pool if token() is None]
 
     def host(self, count: int, dtype: torch.dtype) -> Tensor:
-        memory = torch.empty(count, dtype=dtype).fill_(1 << 30)
+        return self.pinned(torch.empty(count, dtype=dtype).fill_(1 << 30))
+
+    def pinned(self, memory: Tensor) -> Tensor:
         self._pinned.add(memory.data_ptr())
         weakref.finalize(memory, self._pinned.discard, memory.data_ptr())
         return memory
@@ -336,9 +340,9 @@ class Late(TorchDispatchMode):
         if self.recording is not None:
             raise RuntimeError("operation not permitted when stream is capturing: a copy from the host is not done again")
         pinned = source.untyped_storage().data_ptr() in self._pinned
-        held = source if pinned else source.clone()  # CUDA takes what is not pinned at once
+        held = source if pinned else source.clone()
         self.give(target, lambda: to.memory.copy_(held))
-        if waits:
+        if waits or not pinned:  # CUDA copies pageable memory by way of its own, perhaps after all that was begun before
             self.wait("a copy from the host that is waited for")
         return to
 

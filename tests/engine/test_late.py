@@ -131,11 +131,13 @@ def test_one_request(graphs: bool, devices: int) -> None:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_nothing_but_tokens_is_waited_for(devices: int) -> None:
-    """A copy from the host that is not begun aside ("non_blocking") stops the host until the step before is done."""
+    """A copy from the host that is not begun aside ("non_blocking", from pinned memory) stops the host until the step before is
+    done. One request less makes rows change their places."""
     with running(2, devices) as (late, run):
         for request in range(5):
             few = {"suppress_ids": (3, request)} if request % 2 else {"logit_bias": ((7, 1.0 + request),), "logprobs": request}
             run.add(request, [*PROMPT, request], max_tokens=40, temperature=request % 3 / 2, top_k=(0, 5)[request % 2], **few)
+        run.add(5, PROMPT, max_tokens=20)
         for _ in range(12):
             run.step()
         overlap, waits = run.engine.overlap, late.num_waits
@@ -144,6 +146,20 @@ def test_nothing_but_tokens_is_waited_for(devices: int) -> None:
         for _ in range(12):
             run.step()
         assert overlap.num_ahead == ahead + 12 and late.num_waits == waits
+        assert run.answers[5].finish is not None
+
+
+def test_a_prompt_is_not_waited_for() -> None:
+    """Its tokens and tables, and penalties, go to the device from pinned memory."""
+    with running(3) as (late, run):
+        run.add(0, PROMPT, max_tokens=40, repeat_penalty=1.2, presence_penalty=0.5)
+        for _ in range(4):
+            run.step()
+        waits = late.num_waits
+        run.add(1, [*PROMPT, 4], max_tokens=40, repeat_penalty=1.1)
+        for _ in range(4):
+            run.step()
+        assert late.num_waits == waits and len(run.answers[1].tokens) >= 3
 
 
 @pytest.mark.parametrize(
