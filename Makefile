@@ -22,7 +22,7 @@ test-slow: $(VENV)/.installed-dev
 test-sanitize: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.csrc.sanitize
 
-# The GPU kernels' proofs that need no GPU, whole: Triton's and nvcc's compilers for every architecture too. 4 minutes on 2 cores
+# The GPU kernels' proofs that need no GPU, whole: Triton's and nvcc's compilers for every architecture too. 5 minutes on 2 cores
 test-kernels: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.kernel_proofs
 

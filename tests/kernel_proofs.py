@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
 PROOFS = {
     "Triton interpreted, against the reference": (*PYTEST, "tests/triton", "-k", "not compiled"),
-    "Triton compiled for sm_80, 90, 100, 120": ("-m", "tests.triton.compiled"),
+    "Triton compiled for sm_80, 90, 100, 120": ("-m", "tests.triton.compiled", "--all"),
     "CUDA compiled for sm_80, 89, 90a, 100, 120": ("-m", "tests.cuda.compiled"),
-    "CUDA linked, on the CPU, under sanitizers": (*PYTEST, "tests/cuda"),
+    "CUDA linked, on the CPU, under sanitizers": (*PYTEST, "tests/cuda", "-k", "not no_kernel_spills"),
 }
 
 

@@ -116,7 +116,7 @@ def launch(x: Quantized, weight: Planes, out: Tensor, bias: Tensor | None, add: 
     """The product into `out` (n, N), or onto it with `add`; where K is split its parts (splits, n, N) float32 instead."""
     assert weight.form is not None and out.stride(1) == 1
     rows, columns, groups = x.codes.shape[0], out.shape[1], weight.shape[-1] // GROUP
-    table = tuning.of(out.device)
+    table = tuning.of_weight(weight)
     tile = table.int8_tile(rows)
     splits, span = splits_of(columns, table.programs, groups, tile)
     parts = out if splits == 1 else torch.empty(splits, rows, columns, dtype=torch.float32, device=out.device)

@@ -64,7 +64,7 @@ def matvec(
     rows, and how many places share a row of x; the weight is then (X, N, K), with `gate` (2, X, N, K).
     """
     assert weight.form is not None and x.is_contiguous() and out.stride(1) == 1
-    table, columns, groups = tuning.of(x.device), out.shape[1], weight.shape[-1] // GROUP
+    table, columns, groups = tuning.of_weight(weight), out.shape[1], weight.shape[-1] // GROUP
     tile = table.matvec
     step = min(tile.groups, triton.next_power_of_2(groups))
     width = tile.columns // 2 if gate else tile.columns

@@ -13,11 +13,12 @@ import sys
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ollamapy import env
+from ollamapy.gguf.types import GGMLType
 from ollamapy.triton_kernels.layout import Planes
 
 FOLDER = Path(__file__).with_name("tuned")
@@ -55,6 +56,7 @@ class Table:
     draw_logits: int  # that a row's program looks at together when it draws a token: more would be spilled
     split_keys: int  # of one program when decoding
     activations: str  # the type between kernels: bfloat16 or float16
+    by_type: dict[str, dict[str, Any]]  # `matvec`, `tiles` or `int8_tiles` of types that would spill in those above
 
     def tile(self, rows: int) -> Tile:
         return next((tile for tile in self.tiles if rows <= tile.rows), self.tiles[-1])
@@ -68,11 +70,20 @@ def read(name: str) -> Table:
     """tuned/`name`.json. Every field must be there, and no other."""
     content = json.loads((FOLDER / f"{name}.json").read_text())
     assert content.keys() == {field.name for field in fields(Table)}, f"{name}.json: {sorted(content)}"
-    tiles = {key: tuple(Tile(*tile) for tile in content.pop(key)) for key in ("tiles", "int8_tiles")}
-    table = Table(**{**content, **tiles, "matvec": Tile(*content["matvec"])})
-    for tile in (table.matvec, *table.tiles, *table.int8_tiles):
-        assert all(size & (size - 1) == 0 for size in tile[:4]), f"{name}.json: {tile} has no powers of two"
-    assert len({tile[1:3] for tile in table.int8_tiles}) == 1, f"{name}.json: a row of int8 must not see its batch's size"
+
+    def read_tiles(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        found = {key: Tile(*rows[key]) if key == "matvec" else tuple(Tile(*row) for row in rows[key]) for key in rows}
+        assert found.keys() <= {"matvec", "tiles", "int8_tiles"}, f"{name}.json: {list(found)}"
+        for tile in (tile for key, tiles in found.items() for tile in ([tiles] if key == "matvec" else tiles)):
+            assert all(size & (size - 1) == 0 for size in tile[:4]), f"{name}.json: {tile} has no powers of two"
+        same = {tile[1:3] for tile in found.get("int8_tiles", ())}
+        assert len(same) <= 1, f"{name}.json: a row of int8 must not see its batch's size"
+        return found
+
+    own = {type: read_tiles(rows) for type, rows in content.pop("by_type").items()}
+    assert own.keys() <= GGMLType.__members__.keys(), f"{name}.json: {list(own)}"
+    common = read_tiles({key: content.pop(key) for key in ("matvec", "tiles", "int8_tiles")})
+    table = Table(**content, **common, by_type=own)
     assert table.matvec_rows <= 4 and table.activations in ("bfloat16", "float16"), name
     return table
 
@@ -91,7 +102,11 @@ def invariant() -> bool:
 
 def one_path(table: Table) -> Table:
     """The table that knows one kernel for any number of rows: tiles on int8 activations, and for experts one size of tiles."""
-    return replace(table, matvec_rows=0, matvec_pairs=0, int8_rows=sys.maxsize, mma_rows=sys.maxsize, tiles=table.tiles[:1])
+    by_type = {
+        type: {key: tiles[:1] if key == "tiles" else tiles for key, tiles in own.items()} for type, own in table.by_type.items()
+    }
+    only = replace(table, matvec_rows=0, matvec_pairs=0, int8_rows=sys.maxsize, mma_rows=sys.maxsize)
+    return replace(only, tiles=table.tiles[:1], by_type=by_type)
 
 
 @cache
@@ -105,11 +120,12 @@ def of(device: torch.device) -> Table:
 
 
 def of_weight(weight: Planes) -> Table:
-    """The numbers for a matrix: one that is multiplied precisely knows no int8 and no 16-bit products. Where bits must not
-    depend on the batch, it has one size of tiles, and K is not split by their number."""
+    """The numbers for a matrix: its type may have tiles of its own, and one that is multiplied precisely knows no int8 and no
+    16-bit products. Where bits must not depend on the batch, it has one size of tiles, and K is not split by their number."""
     table = of(weight.low.device)
     if not weight.precise:
-        return table
+        own = table.by_type.get(weight.type.name)
+        return replace(table, **own) if own else table
     table = replace(table, int8_rows=0, dense_rows=sys.maxsize, tiles=EXACT_TILES)
     return replace(table, tiles=EXACT_TILES[:1], programs=1) if invariant() else table
 

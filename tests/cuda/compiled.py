@@ -70,10 +70,10 @@ def run(command: Sequence[str]) -> str:
     return done.stderr
 
 
-def compile_one(nvcc: str, name: str, rest: Sequence[str], arch: str, out: str) -> Figures:
-    """One object for one architecture, as the library has it. Raises Spilled."""
+def compile_one(nvcc: str, rest: Sequence[str], arch: str, out: str) -> None:
+    """One object for one architecture, as the library has it."""
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    return report(run([nvcc, *_build_cuda.NVCC, target, "-Xptxas=-v", "-c", *rest, "-o", out]), name)[arch]
+    run([nvcc, *_build_cuda.NVCC, target, "-c", *rest, "-o", out])
 
 
 def compile_for(nvcc: str, name: str, rest: Sequence[str], front_end: str, archs: Sequence[str]) -> dict[str, Figures]:

@@ -25,12 +25,10 @@ def nvcc() -> str:
 
 
 def test_a_library_that_loads_without_a_driver(nvcc: str, tmp_path: Path) -> None:
-    """One type for one architecture, within the budget; linked with the bindings and loaded."""
+    """One type for one architecture, linked with the bindings and loaded."""
     some = _build_cuda.kernels(ROOT / "csrc", ["Q4_K"])
-    figures = {}
     for name, rest in some.items():
-        figures.update(compiled.compile_one(nvcc, name, rest, "90a", str(tmp_path / name)))
-    assert not compiled.compare({"90a": figures})
+        compiled.compile_one(nvcc, rest, "90a", str(tmp_path / name))
     binding = _build_cuda.bind_command(ROOT / "csrc", TORCH, _build.find_compiler(), "-DOLLAMAPY_FORMS(X)=X(Q4_K, 12)")
     objects = [*_build.compile_all(tmp_path, {"bind.o": binding}), *(str(tmp_path / name) for name in some)]
     library = tmp_path / _build_cuda.LIBRARY
@@ -50,8 +48,7 @@ def test_a_spill_is_found(said: str) -> None:
         compiled.report(log, "linear.Q6_K.o")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_kernel_spills(nvcc: str) -> None:
-    """All types for all architectures, within the budget."""
+    """All types for all architectures, within the budget. 45 s on two cores."""
     assert not compiled.compare(compiled.compile_all([], _build_cuda.ARCHITECTURES))

@@ -1,9 +1,8 @@
 """Compiles every kernel as its launcher would launch it, for GPUs that need not be there, and compares what it takes of them.
 
 `python -m tests.triton.compiled` checks the figures against budget.json: registers, shared memory and stack must not grow;
-stack, which is spilled registers, must be zero, and tensor cores must be used where they are meant to be. `--quick` takes one
-case of each kernel on two architectures, `--all` adds all types and tiles, `--write` records new figures, `--show` prints the
-table, `--only TEXT` takes the cases whose name has it.
+stack, which is spilled registers, must be zero, and tensor cores must be used where they are meant to be. `--all` adds every
+type of weight, `--write` records new figures, `--show` prints the table, `--only TEXT` takes the cases whose name has it.
 
 Launchers are called with tensors on the CPU; instead of a launch there is a compilation with the very specialization
 (alignment of pointers, divisibility of sizes) that the launch would have had.
@@ -59,7 +58,6 @@ BUDGET = Path(__file__).with_name("budget.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}
 """Compute capability -> KiB of shared memory that a program can have."""
-QUICK = (90, 120)  # what this project is for, and the one with the least shared memory
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 INT8_CORES = "IMMA"  # products batched by group stay with mma.sync, on every architecture
 
@@ -151,23 +149,6 @@ def decode_all(type: GGMLType) -> Callable[[], object]:
     return lambda: embedding.dequantize(layout.pack(random_weight(type, 16, 4096)))
 
 
-def quick_cases() -> dict[str, Case]:
-    """One of each kernel."""
-    return {
-        "linear Q4_K 1 row onto the stream": (multiply(GGMLType.Q4_K, 1, add=True), False),
-        "gate and up Q4_K 1 row": (multiply(GGMLType.Q4_K, 1, gate="silu"), False),
-        "linear Q4_K 128 rows": (multiply(GGMLType.Q4_K, 128), True),
-        "linear int8 Q4_K 16 rows": (multiply_int8(GGMLType.Q4_K, 16), True),
-        "dequantize Q4_K": (decode_all(GGMLType.Q4_K), False),
-        "attention decode, split": (attend([1], [3000], 32, 8, 128, dtype=torch.float16), False),
-        "attention prefill, 32/8 heads of 128": (attend([200], [300], 32, 8, 128), True),
-        "place, 32/8 heads of 128": (turn, False),
-        "add_norm of 4096": (lambda: norm.add_norm(bf16(2, 4096), bf16(2, 4096), 1e-5, bf16(4096), bf16(4096)), False),
-        "experts MXFP4, 2 tokens": (lambda: mix(2), False),
-        "draw": (lambda: sampling.draw(torch.zeros(2, 128256), [SamplingParams()] * 2, np.zeros(2)), False),
-    }
-
-
 def usual_cases() -> dict[str, Case]:
     """The types and shapes of the models most used."""
     rows = {GGMLType.Q4_K: [2, 4, 16, 32, 64], GGMLType.Q6_K: [1, 4, 16, 64, 128], GGMLType.Q8_0: [1, 4, 128]}
@@ -180,6 +161,17 @@ def usual_cases() -> dict[str, Case]:
             found[f"linear precise {type.name} {count} row{'s' if count > 1 else ''}"] = multiply_precisely(type, count), False
         found[f"linear int8 {type.name} 32 rows"] = multiply_int8(type, 32), True
     return found | {
+        "linear Q4_K 1 row onto the stream": (multiply(GGMLType.Q4_K, 1, add=True), False),
+        "gate and up Q4_K 1 row": (multiply(GGMLType.Q4_K, 1, gate="silu"), False),
+        "linear Q4_K 128 rows": (multiply(GGMLType.Q4_K, 128), True),
+        "linear int8 Q4_K 16 rows": (multiply_int8(GGMLType.Q4_K, 16), True),
+        "dequantize Q4_K": (decode_all(GGMLType.Q4_K), False),
+        "attention decode, split": (attend([1], [3000], 32, 8, 128, dtype=torch.float16), False),
+        "attention prefill, 32/8 heads of 128": (attend([200], [300], 32, 8, 128), True),
+        "place, 32/8 heads of 128": (turn, False),
+        "add_norm of 4096": (lambda: norm.add_norm(bf16(2, 4096), bf16(2, 4096), 1e-5, bf16(4096), bf16(4096)), False),
+        "experts MXFP4, 2 tokens": (lambda: mix(2), False),
+        "draw": (lambda: sampling.draw(torch.zeros(2, 128256), [SamplingParams()] * 2, np.zeros(2)), False),
         "dequantize Q6_K": (decode_all(GGMLType.Q6_K), False),
         "attention decode, 32/8 heads of 128": (attend([1], [100], 32, 8, 128), False),
         "attention decode, sinks": (attend([1], [100], 64, 8, 64, sinks=torch.zeros(64)), False),
@@ -216,11 +208,12 @@ def usual_cases() -> dict[str, Case]:
 def every_type() -> dict[str, Case]:
     """Of the types whose kernels differ by nothing but the numbers in a table, the first."""
     found: dict[str, Case] = {}
-    alike = {
-        repr((decode.constants(form._replace(table=(0, any(form.table), 0, 0))), form.step)): type
-        for type, form in reversed(FORMS.items())
-    }
-    for type in reversed(alike.values()):
+    tables = [tuning.read(tuning.name_for(architecture)) for architecture in ARCHITECTURES]
+    alike: dict[str, GGMLType] = {}
+    for type, form in FORMS.items():
+        own = [table.by_type.get(type.name) for table in tables]
+        alike.setdefault(repr((decode.constants(form._replace(table=(0, any(form.table), 0, 0))), form.step, own)), type)
+    for type in alike.values():
         for count in (1, 4, 16, 128):
             found[f"linear {type.name} {count} row{'s' if count > 1 else ''}"] = multiply(type, count), count >= 64
         found[f"linear int8 {type.name} 16 rows"] = multiply_int8(type, 16), True
@@ -228,12 +221,8 @@ def every_type() -> dict[str, Case]:
     return found
 
 
-def all_cases(extent: str) -> dict[str, Case]:
-    """`extent`: quick, usual or all."""
-    found = quick_cases()
-    if extent != "quick":
-        found = usual_cases() | found
-    return every_type() | found if extent == "all" else found
+def cases(every: bool) -> dict[str, Case]:
+    return every_type() | usual_cases() if every else usual_cases()
 
 
 def skipped(name: str, architecture: int) -> bool:
@@ -248,9 +237,9 @@ def said(tool: str, *options: str, of: bytes) -> str:
         return subprocess.run([TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def figures(name: str, architecture: int, extent: str) -> tuple[str, int, dict[str, list[int]], list[str]]:
+def figures(name: str, architecture: int, every: bool) -> tuple[str, int, dict[str, list[int]], list[str]]:
     """Kernel -> [registers, shared, stack] for one case, and what is wrong with them in any case."""
-    call, tensor_cores = all_cases(extent)[name]
+    call, tensor_cores = cases(every)[name]
     compiled: list[Any] = []
     driver.set_active(Target(architecture))
     table = tuning.read(tuning.name_for(architecture))
@@ -297,10 +286,9 @@ def grown(known: dict[str, Any], name: str, architecture: int, found: dict[str, 
     return problems
 
 
-def compiled_cases(extent: str, only: str) -> list[tuple[str, int, dict[str, list[int]], list[str]]]:
-    architectures = QUICK if extent == "quick" else tuple(ARCHITECTURES)
-    names = [name for name in all_cases(extent) if only in name]
-    jobs = [(name, arch, extent) for name in names for arch in architectures if not skipped(name, arch)]
+def compiled_cases(every: bool, only: str) -> list[tuple[str, int, dict[str, list[int]], list[str]]]:
+    names = [name for name in cases(every) if only in name]
+    jobs = [(name, arch, every) for name in names for arch in ARCHITECTURES if not skipped(name, arch)]
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         return list(pool.map(figures, *zip(*jobs, strict=True)))
@@ -308,15 +296,16 @@ def compiled_cases(extent: str, only: str) -> list[tuple[str, int, dict[str, lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag in ("--write", "--quick", "--all", "--show"):
+    for flag in ("--write", "--all", "--show"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--only", default="")
     chosen = parser.parse_args()
     start = time.perf_counter()
-    results = compiled_cases("quick" if chosen.quick else "all" if chosen.all else "usual", chosen.only)
+    results = compiled_cases(chosen.all, chosen.only)
     known = json.loads(BUDGET.read_text()) if BUDGET.exists() else {"kernels": {}}
     same_compiler = known.get("triton") == triton.__version__  # other versions may need other figures, never spills
-    table: dict[str, Any] = known["kernels"] if same_compiler else {}
+    anew = chosen.write and chosen.all and not chosen.only  # what is no case any more goes
+    table: dict[str, Any] = known["kernels"] if same_compiler and not anew else {}
     problems = []
     for name, architecture, found, wrong in results:
         if chosen.write:

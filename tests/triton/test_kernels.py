@@ -68,14 +68,13 @@ def test_launches_are_carried() -> None:
     assert store.tolist() == [0, 1, 3, 3, 5, 5, 7, 0]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_compiled() -> None:
-    """One case of each kernel: nothing spills, tensor cores are used, no figure has grown. 27 s on two quiet cores."""
-    run("-m", "tests.triton.compiled", "--quick", OMP_NUM_THREADS="1")
+    """The kernels of the models most used: nothing spills, tensor cores are used, no figure has grown. A minute."""
+    run("-m", "tests.triton.compiled", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("extent", [(), ("--all",)], ids=["usual", "all"])
-def test_more_compiled(extent: tuple[str, ...]) -> None:
-    run("-m", "tests.triton.compiled", *extent, OMP_NUM_THREADS="1")
+def test_every_type_compiled() -> None:
+    run("-m", "tests.triton.compiled", "--all", OMP_NUM_THREADS="1")

@@ -12,7 +12,7 @@ from ollamapy.gguf.types import TYPES, GGMLType
 from ollamapy.quant.dequant import DEQUANT
 from ollamapy.quant.forms import RECODED, planes_nbytes
 from ollamapy.quant.tensor import QuantTensor
-from ollamapy.triton_kernels import layout
+from ollamapy.triton_kernels import layout, tuning
 from ollamapy.triton_kernels.forms import FORMS
 from tests.quant.test_dequant import random_blocks
 
@@ -93,3 +93,13 @@ def test_packing_needs_no_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_types_with_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a table of the launches, and of the one that knows one path: there each type has one tile."""
+    coded, plain = (layout.pack(random_bytes(type, 2, 256)) for type in (GGMLType.MXFP4, GGMLType.Q4_K))
+    table = tuning.read("sm_80")
+    monkeypatch.setattr(tuning, "of", lambda device: table)
+    assert tuning.of_weight(coded).tile(128).rows == 64 and tuning.of_weight(plain).tile(128).rows == 128
+    table = tuning.one_path(table)
+    assert len(tuning.of_weight(coded).tiles) == len(tuning.of_weight(plain).tiles) == 1
