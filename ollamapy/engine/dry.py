@@ -20,14 +20,14 @@ def penalties(seq: Sequence) -> dict[int, float]:
     if params.dry_multiplier == 0.0 or params.dry_base < 1.0 or last_n == 0:
         return {}
     recent = np.array(seq.token_ids[-last_n:], dtype=np.int64)
-    limit = _since_breaker(recent, seq)
-    if limit < params.dry_allowed_length or len(recent) <= params.dry_allowed_length:
+    limit, allowed = _since_breaker(recent, seq), max(params.dry_allowed_length, 0)
+    if limit < allowed or len(recent) <= allowed:
         return {}
     most = int(LOG_MOST / math.log(params.dry_base)) if params.dry_base > 1.000001 else len(recent)
-    lengths = repeated(recent, min(limit, params.dry_allowed_length + most))
+    lengths = repeated(recent, min(limit, allowed + most))
     found: dict[int, float] = {}
-    for place in np.flatnonzero(lengths >= params.dry_allowed_length).tolist():
-        token_id, excess = int(recent[place + 1]), int(lengths[place]) - params.dry_allowed_length
+    for place in np.flatnonzero(lengths >= allowed).tolist():
+        token_id, excess = int(recent[place + 1]), int(lengths[place]) - allowed
         found[token_id] = min(found.get(token_id, 0.0), -params.dry_multiplier * params.dry_base**excess)
     return found
 

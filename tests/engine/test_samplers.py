@@ -114,6 +114,7 @@ def test_dry_penalises_a_repetition_as_specified() -> None:
     assert dry_changes([1, 2, 3, 4, 9, 1, 2, 3], dry_penalty_last_n=7) == {4: pytest.approx(-0.8)}, "1 is out of the window"
     assert dry_changes([1, 2, 3, 4, 9, 1, 2, 3], dry_penalty_last_n=0) == {}
     assert dry_changes([1, 2, 3, 4, 9, 1, 2, 3], dry_base=0.5) == {}
+    assert dry_changes([1, 2, 3], dry_allowed_length=-(2**31)) == dry_changes([1, 2, 3], dry_allowed_length=0)
 
 
 def test_dry_breakers() -> None:

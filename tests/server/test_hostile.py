@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.server.daemon import Daemon
+from tests.server.hostile import EXTREMES, FIELDS, ODD_TEXTS, OPTIONS, RELOADING, Request, requests
 from tests.server.test_errors import INSIDES
 
 MODEL = "smollm2"
-EXTREMES: list[Any] = [-1, 0, 1, 2**31, 2**63, -(2**63), 1e308, -1e308, 1.5, "1", "", [], {}, None, True, "\x00", "\ud800"]
-OPTIONS = "num_ctx num_batch num_gpu num_thread num_keep seed num_predict top_k top_p min_p typical_p repeat_last_n"
-OPTIONS += " temperature repeat_penalty presence_penalty frequency_penalty stop main_gpu use_mmap draft_num_predict"
-RELOADING = (
-    "num_ctx",
-    "num_batch",
-    "num_thread",
-    "num_gpu",
-    "main_gpu",
-    "use_mmap",
-)  # each value of these loads the model again
-FIELDS = "prompt suffix system template context raw stream format options keep_alive think truncate shift logprobs top_logprobs"
-ODD_TEXTS = [
-    "\ud800\udc00 \udfff",
-    "\x00\x01\x7f",
-    "<|im_end|>" * 50,
-    "{{",
-    "{% for x in range(10**9) %}",
-    "\u202e" * 9,
-    "😀" * 40,
-]
+GOLDEN = {"prompt": "The capital of France is", "stream": False, "options": {"temperature": 0, "num_predict": 8}}
 
 
 def ask(daemon: Daemon, path: str, body: Any) -> httpx.Response:
     content = json.dumps(body).encode()
-    answer = httpx.post(daemon.url + path, content=content, timeout=60, trust_env=False)
-    assert answer.status_code < 500 or answer.status_code == 501, (body, answer.text)
+    answer = httpx.post(daemon.url + path, content=content, timeout=60, trust_env=False, verify=False)  # no TLS to set up
+    assert answer.status_code < 500 or answer.status_code in (501, 503), (path, body, answer.text)
     assert answer.status_code == 200 or not INSIDES.search(answer.text), answer.text
     return answer
 
@@ -97,5 +79,27 @@ def test_context_tokens(daemon: Daemon, pid: int) -> None:
             "/api/generate",
             {"model": MODEL, "prompt": "x", "context": context, "stream": False, "options": {"num_predict": 1}},
         )
+    assert daemon.engine()["pid"] == pid
+    daemon.seconds_until_idle()
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_beside_golden_traffic(daemon: Daemon, pid: int, count: int) -> None:
+    """Eight at a time, of any kind; a normal request beside them has its answer, always the same one."""
+    refused = done = 0
+
+    def hostile(request: Request) -> int:
+        return ask(daemon, *request).status_code
+
+    golden = {"model": MODEL, **GOLDEN}
+    expected = ask(daemon, "/api/generate", golden).json()["response"]
+    with ThreadPoolExecutor(8) as pool:
+        for begin in range(0, count, 40):
+            statuses = pool.map(hostile, requests(begin, MODEL, min(40, count - begin)))
+            assert ask(daemon, "/api/generate", golden).json()["response"] == expected
+            for status in statuses:
+                done, refused = done + (status == 200), refused + (status != 200)
+    print(f"{done} answered, {refused} refused")
+    assert done > count / 10 and refused > count / 10, (done, refused)
     assert daemon.engine()["pid"] == pid
     daemon.seconds_until_idle()
