@@ -16,7 +16,7 @@ The unit is a group of 32 consecutive weights of a row, seen as two halves of 16
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -162,10 +162,16 @@ def pack(weight: QuantTensor) -> Planes:
         dtype = DENSE.get(weight.type)
         dense = weight.dequantize(torch.bfloat16) if dtype is None else weight.data.contiguous().clone().view(dtype)
         return Planes(weight.type, weight.shape, dense.view(-1, columns))
-    parts: list[Planes] = []
-    _in_chunks(data.shape[0], columns, lambda start, stop: parts.append(_pack_rows(data[start:stop], weight.type, columns)))
-    whole = parts[0] if len(parts) == 1 else join(parts)
-    return replace(whole, shape=weight.shape)
+    planes: dict[str, Tensor] = {}  # of all rows: beside them and the file's bytes only one chunk is held
+
+    def work(start: int, stop: int) -> None:
+        for name, plane in _pack_rows(data[start:stop], weight.type, columns).tensors.items():
+            if name not in planes:
+                planes[name] = plane.new_empty(data.shape[0], *plane.shape[1:])
+            planes[name][start:stop] = plane
+
+    _in_chunks(data.shape[0], columns, work)
+    return Planes(weight.type, weight.shape, **planes)
 
 
 def join(parts: Sequence[Planes]) -> Planes:

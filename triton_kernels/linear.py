@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation
 from ollamapy.triton_kernels import decode, int8, norm, tuning
@@ -201,13 +202,15 @@ def _dense_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
-    """Packed on the device, a chunk of rows at a time."""
-    return pack(weight.to(device))
+    """Packed on the device, a chunk of rows at a time. F16 becomes the type of the activations: those of a large model pass
+    65504, which float16 does not hold, and what was trained in bfloat16 is rounded back without loss."""
+    planes, dtype = pack(weight.to(device)), tuning.activations(device)
+    return replace(planes, low=planes.low.to(dtype)) if weight.type is GGMLType.F16 else planes
 
 
 def prepare_precise(weight: QuantTensor, device: torch.device) -> Planes:
     """The same, for products of float32: `precise` models."""
-    return replace(prepare_linear(weight, device), precise=True)
+    return replace(pack(weight.to(device)), precise=True)
 
 
 def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:

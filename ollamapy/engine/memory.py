@@ -36,6 +36,7 @@ def allocated(model: Model, plan: Plan, accelerator: Accelerator | None) -> tupl
     do not fit."""
     if accelerator is None:
         return ModelRunner(model, plan), plan
+    accelerator.release()  # what loading and joining weights have left
     if plan.most_blocks:
         plan = _fitted(model, plan, accelerator)
     while True:

@@ -1,8 +1,8 @@
 """Overlap: a step that only decodes starts before the results of the one before are read; its tokens never leave the device.
 
 What one step too many computes is thrown away: a request that ended meanwhile, by a stop id or an abort, is in no book when
-that step lands. Nothing else is planned while a step is in flight, so that nothing is preempted or given away: a prompt, a
-grammar, a guess or a context shift is waited for. Knows no tensor.
+that step lands. Nothing else is planned while a step is in flight, so that nothing is preempted or given away: a prompt that
+can be let in, a grammar, a guess or a context shift is waited for. Knows no tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from ollamapy.engine.execution import Execution, Flight
+from ollamapy.engine.fairness import overserved
 from ollamapy.engine.schedule import Schedule
 from ollamapy.engine.scheduler import Scheduler
 from ollamapy.engine.sequence import Result, Sequence
@@ -57,11 +58,13 @@ class Overlap:
         """The next token of all that run, if they all only decode; of those that will go on, as far as can be known."""
         scheduler = self._scheduler
         left = [seq for seq in flight.schedule.sequences if self._is_there(seq)]
-        if scheduler.waiting or len(left) != len(scheduler.running):
+        if len(left) != len(scheduler.running) or (scheduler.waiting and not _is_full(scheduler)):
             return None
         if self._in_a_row >= MOST_UNGUESSED and any(seq.params.speculation != "off" for seq in left):
             return None
         going = [seq for seq in left if not _ends(seq)]
+        if scheduler.waiting and len(going) < len(left):
+            return None  # somebody has their seats
         if not going or not all(scheduler.blocks.grow(seq, len(seq.token_ids) + 1) for seq in going):
             return None
         assert not scheduler.blocks.copies, "whoever is in flight has its last block to itself"
@@ -70,6 +73,13 @@ class Overlap:
             self._in_a_row += 1
             self.num_ahead += 1
         return started
+
+
+def _is_full(scheduler: Scheduler) -> bool:
+    """Whether none who waits can be let in before somebody ends: every seat is taken, and none by one who is to be put back."""
+    now = time.monotonic_ns()
+    taken = len(scheduler.running) == scheduler.max_num_seqs
+    return taken and overserved(scheduler.waiting.next(now), scheduler.running, now) is None
 
 
 def _ends(seq: Sequence) -> bool:

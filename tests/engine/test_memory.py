@@ -93,7 +93,7 @@ def test_fewer_blocks_where_memory_is_short_after_all() -> None:
     device = Emulated()
     run = Run(model, device=device, least_blocks=16, **PLAN)
     assert run.engine.info().num_blocks == 291, "400, 360, 324, 291"
-    assert device.num_released == 4
+    assert device.num_released == 5
     assert run.one(PROMPT, max_tokens=20).tokens == alone(PROMPT, max_tokens=20).tokens
 
 

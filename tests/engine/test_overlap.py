@@ -23,6 +23,37 @@ def test_steps_run_ahead() -> None:
     assert run.model.num_forwards == 30, "an end by length is foreseen"
 
 
+def test_prompts_that_wait_for_a_seat_stop_nobody() -> None:
+    """While all seats are taken nothing but decoding can come; one that falls free is taken at once."""
+    run = Run(device=Emulated(), max_num_seqs=2)
+    for request in range(4):
+        run.add(request, [*PROMPT, request], max_tokens=20 + request)
+    for _ in range(15):
+        run.step()
+    assert run.engine.stats().num_waiting == 2
+    overlap = run.engine.overlap
+    assert overlap is not None and overlap.num_ahead >= 12
+    while run.answers[0].finish is None:
+        run.step()
+    assert run.engine.stats().num_waiting == 1, "by its length the end was foreseen"
+    run.drain()
+    for request, answer in run.answers.items():
+        assert answer.tokens == alone([*PROMPT, request], max_tokens=20 + request).tokens
+
+
+def test_a_seat_is_given_back_to_those_who_had_less() -> None:
+    """A step in flight does not keep a request of a better tier waiting."""
+    run, plain = Run(device=Emulated(), max_num_seqs=1), Run(max_num_seqs=1)
+    for each in (run, plain):
+        each.add(0, PROMPT, Caller("a", TIERS[-1]), max_tokens=60)
+        for _ in range(4):
+            each.step()
+        each.add(1, [*PROMPT, 1], Caller("b", TIERS[0]), max_tokens=5)
+        each.drain()
+    assert run.engine.stats().num_preemptions == plain.engine.stats().num_preemptions
+    assert [run.answers[i].tokens for i in (0, 1)] == [plain.answers[i].tokens for i in (0, 1)]
+
+
 def test_a_stop_id_found_late_costs_one_token() -> None:
     tokens = alone(PROMPT, max_tokens=30).tokens
     stop = next(token for token in tokens[9:] if token not in tokens[:9])

@@ -173,6 +173,14 @@ def test_int8_rows_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(part, whole[start:stop])
 
 
+def test_large_activations_of_float16_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before `down` pass 65504 in some models: as float16 they would be infinite."""
+    monkeypatch.setattr(tuning, "activations", lambda device, precise=False: torch.bfloat16)
+    weight = QuantTensor(torch.full((8, 32), 0.5).half().view(torch.uint8), GGMLType.F16, (8, 32))
+    found = linear.linear(torch.full((3, 32), 1e5, dtype=torch.bfloat16), linear.prepare_linear(weight, torch.device("cpu")))
+    assert torch.equal(found.float(), torch.full((3, 8), 32 * 0.5 * 1e5).bfloat16().float())
+
+
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.IQ2_XXS], ids=lambda t: t.name)
 def test_dense_types(type: GGMLType) -> None:
     blocks = random_blocks(type, 3 * 256 // SIZES[type].block_size)
