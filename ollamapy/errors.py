@@ -10,7 +10,7 @@
     │   ├── OptionError          400   an option or PARAMETER of the wrong type or range
     │   └── ContextOverflow      400   prompt longer than the context, with both counts
     ├── Unauthorized             401   no API key, or a wrong one, where the server has keys
-    ├── Forbidden                403   Host, Origin or policy
+    ├── Forbidden                403   a client's own: the server refuses its Host or Origin
     ├── NotFound                 404   model, blob or route
     ├── TooSlow                  408   the request's body came slower than a client that is still there would send it
     ├── TooLarge                 413   the request's body is over the limit

@@ -11,20 +11,20 @@ Render = Callable[[Sequence[Message]], str]
 
 
 def truncate_messages(
-    messages: Sequence[Message], render: Render, count_tokens: Callable[[str], int], limit: int, image_tokens: int = 0
+    messages: Sequence[Message], render: Render, count_tokens: Callable[[str], int], limit: int
 ) -> tuple[list[Message], int]:
     """The messages kept, and how many were dropped: the oldest, until what `render` makes has at most `limit` tokens.
 
-    System messages and the last message are always kept, so the result may still be too long. Each image counts as
-    `image_tokens`. The cut is found by bisection, as rendering at every place costs quadratic time; a cut at which
-    the template refuses to render (turns that must alternate) is passed over.
+    System messages and the last message are always kept, so the result may still be too long. The cut is found by bisection,
+    as rendering at every place costs quadratic time; a cut at which the template refuses to render (turns that must alternate)
+    is passed over.
     """
 
     def kept(start: int) -> list[Message]:
         return [message for message in messages[:start] if message.role == "system"] + list(messages[start:])
 
     def size(chosen: Sequence[Message]) -> int:
-        return count_tokens(render(chosen)) + image_tokens * sum(len(message.images or ()) for message in chosen)
+        return count_tokens(render(chosen))
 
     if len(messages) < 2 or size(messages) <= limit:
         return list(messages), 0

@@ -60,7 +60,7 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._queued = 0
         self._paused_until = 0.0
-        self.num_written = self.num_read = self.num_bad = self.num_failed = 0
+        self.num_written = self.num_bad = self.num_failed = 0
         self.num_bytes = 0  # of all models, as last seen
         self.buffers = Buffers()
         self._jobs: queue.SimpleQueue[Reading | _Write] = queue.SimpleQueue()
@@ -198,7 +198,6 @@ class PrefixStore:
                 if buffer is not None:
                     self.buffers.give(buffer)
                 return
-            self.num_read += 1
             reading.num_bytes += size
             reading.seconds += time.perf_counter() - start
             reading.put(Page(digest, pages, buffer))

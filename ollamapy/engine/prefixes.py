@@ -1,7 +1,8 @@
 """Prefixes: which blocks go to the PrefixStore and which come back, a bounded part of it per step. Knows no file and no policy
 of scheduling.
 
-A prefix is written once a second request has used it: that shows that it is shared. It is read for a request when that is
+A prefix is written once a second request has used it, answers and all: that shows that it is shared. Further answers of one
+request, as its `n` choices, are no second one. It is read for a request when that is
 cheaper than to compute it, by what both have cost before; the request waits outside the scheduler until its blocks are there.
 """
 
@@ -87,7 +88,8 @@ class Prefixes:
             return
         for seq in sequences:
             begins = seq.num_computed and seq.num_computed == seq.num_cached
-            if begins and not seq.params.adapters and self._long(seq.num_cached):  # an adapter's file may change
+            counts = not seq.params.later and not seq.params.adapters  # an adapter's file may change
+            if begins and counts and self._long(seq.num_cached):
                 self._want_written(seq, seq.num_cached // self.blocks.block_size)
 
     def _long(self, num_tokens: int) -> bool:

@@ -71,6 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     adapters: tuple[tuple[str, float], ...] = ()  # LoRA files (GGUF) beside the model's weights, and their scales
     speculation: SpeculationMode = "off"  # where guesses of tokens ahead come from; "auto": whatever pays
     num_draft: int = 0  # most tokens guessed ahead; 0: as many as pay
+    later: bool = False  # another answer of a request: that it uses the same prefix is no second use
     cache_salt: str = ""  # cached prefixes are shared among requests with equal salts only
 
 

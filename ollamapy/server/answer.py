@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import NamedTuple, cast
 
+import msgspec
+
 from ollamapy.api.messages import ToolCall
 from ollamapy.api.options import Options
 from ollamapy.api.types import Logprob, TokenLogprob
@@ -126,6 +128,7 @@ async def answer(
     latest: Output | None = None
     drafts, shifts = (0, 0), 0
     told: list[Logprob] = []  # of the prompt's tokens
+    params = msgspec.structs.replace(params, later=len(record.answers) > 1)
     outputs = cast("AsyncGenerator[Output]", engine.generate(token_ids, params, record.caller))
     async with account.failing():
         async with aclosing(outputs):

@@ -76,12 +76,6 @@ def test_the_templates_own_error_is_raised() -> None:
         truncate_messages(_chat(3), render, len, 10)
 
 
-def test_images_count() -> None:
-    messages = [Message("user", "a", images=["AA=="]), Message("user", "b", images=["AA==", "AA=="])]
-    assert truncate_messages(messages, _render, len, 3 * 768 + 14, image_tokens=768)[1] == 0
-    assert truncate_messages(messages, _render, len, 3 * 768, image_tokens=768)[1] == 1
-
-
 def test_long_prompts_lose_their_middle() -> None:
     ids = list(range(100))
     assert truncate_tokens(ids, 101, 4) == (ids, 0)

@@ -224,6 +224,29 @@ def test_a_second_use_is_kept_and_outlives_the_engine(tmp_path: Path, groups: ob
     assert salted.tokens == expected and salted.finish is not None and salted.finish.cached_tokens == 0
 
 
+def test_choices_of_one_request_are_one_use(tmp_path: Path) -> None:
+    run = running(tmp_path, num_blocks=100)
+    for choice in range(3):
+        run.add(choice, PROMPT, max_tokens=8, later=choice > 0)
+    answers = run.drain()
+    finish = answers[2].finish
+    assert finish is not None and finish.cached_tokens == 99, "they share its blocks"
+    store = run.engine.prefixes.store  # type: ignore[union-attr]
+    assert store.flush(10) and files(tmp_path) == []
+    run.one(PROMPT, max_tokens=8)
+    assert store.flush(10) and len(files(tmp_path)) == 24
+
+
+def test_a_chat_s_next_turn_writes_the_turns_before(tmp_path: Path) -> None:
+    """Its answers too: they are what it says of itself."""
+    run = running(tmp_path, num_blocks=100)
+    answer = run.one(PROMPT, max_tokens=20).tokens
+    store = run.engine.prefixes.store  # type: ignore[union-attr]
+    assert store.flush(10) and files(tmp_path) == []
+    run.one([*PROMPT, *answer, 1, 2, 3], max_tokens=20)
+    assert store.flush(10) and len(files(tmp_path)) == (100 + 19) // 4
+
+
 def test_a_damaged_file_costs_time_only(tmp_path: Path) -> None:
     first = running(tmp_path)
     expected = first.one(PROMPT, max_tokens=8).tokens

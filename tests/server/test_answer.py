@@ -114,6 +114,26 @@ def test_what_we_end_ourselves_is_accounted_for(tokenizer: Tokenizer, given: str
     assert figures.finished == {reason: 1}
 
 
+def test_later_answers_of_a_request_are_told_to_the_engine(tokenizer: Tokenizer) -> None:
+    seen: list[bool] = []
+
+    class Seeing(Scripted):
+        async def generate(self, token_ids: list[int], params: SamplingParams, caller: Caller) -> AsyncIterator[Output]:
+            seen.append(params.later)
+            async for output in super().generate(token_ids, params, caller):
+                yield output
+
+    async def collect() -> None:
+        enter(Record(Totals()))
+        for _ in range(3):
+            engine = Seeing(tokenizer.encode("one"))
+            async for _ in answer(engine, tokenizer, [1], SamplingParams(), (), PlainParser()):  # type: ignore[arg-type]
+                pass
+
+    asyncio.run(collect())
+    assert seen == [False, True, True]
+
+
 @pytest.mark.parametrize("step", [1, 3, 1000])
 def test_a_stop_string_ends_it(tokenizer: Tokenizer, step: int) -> None:
     ids = tokenizer.encode(TEXT)

@@ -126,8 +126,10 @@ def test_a_prompt_is_computed_once_for_all_choices(daemon: Daemon, client: httpx
     assert made["usage"]["prompt_tokens"] == 200 and made["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     again = complete(client, prompt=list(range(1000, 1200)), n=6, max_tokens=3, temperature=1)
     assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": 192}
-    lines = [line for line in daemon.log.read_text().splitlines() if "prompt_tokens=200" in line]
-    assert [line.partition("cached_tokens=")[2].split()[0] for line in lines] == ["0", "192"]
+    lines = [line for line in daemon.log.read_text().splitlines() if "prompt_tokens=1200" in line]
+    assert [line.partition("cached_tokens=")[2].split()[0] for line in lines] == [str(5 * 199), str(192 + 5 * 199)], (
+        "of all six together"
+    )
 
 
 def test_logit_bias(client: httpx.Client) -> None:
