@@ -247,8 +247,10 @@ def matmul_kernel(
     """out (rows, columns), or with SPLIT (splits, rows, columns) float32 without its end. Weights are decoded in registers and
     rounded to DOT, as x is.
 
-    The two halves of the groups are two products: nothing is interleaved. USED, if not 0: a tile has the pairs
-    row_of[tile * BM ...] (-1: none) and the weights of expert_of[tile]; a pair's row of x is pair // USED, its row of out pair.
+    The halves of a group are joined in registers, so that there is one product: of two, one after the other, the compiler gives
+    each warp of mma.sync all columns, and then has each decode all weights (or spills: 384 bytes for MXFP4 on sm_80). USED, if
+    not 0: a tile has the pairs row_of[tile * BM ...] (-1: none) and the weights of expert_of[tile]; a pair's row of x is
+    pair // USED, its row of out pair.
     """
     tile = tl.program_id(0)
     place = tile * BM + tl.arange(0, BM)
@@ -262,8 +264,7 @@ def matmul_kernel(
     else:
         live = place < rows
         source = tl.minimum(place, rows - 1).to(tl.int64)
-    k = tl.arange(0, GROUPS * 16)
-    offset_k = (k // 16) * 32 + k % 16
+    k = tl.arange(0, GROUPS * 32)
     lane = tl.arange(0, GROUPS)
     acc = tl.zeros((BM, BN), tl.float32)
     start = tl.program_id(2) * span
@@ -271,18 +272,15 @@ def matmul_kernel(
     for base in tl.range(start, stop, GROUPS, num_stages=STAGES):
         group = base + lane
         near = group if EVEN else tl.minimum(group, groups - 1)
-        seen = live[:, None] if EVEN else live[:, None] & (base + k // 16 < stop)[None, :]
-        at_x = x + source[:, None] * (groups * 32) + (base * 32 + offset_k)[None, :]
-        x0 = tl.load(at_x, seen, other=0.0).to(DOT)
-        x1 = tl.load(at_x + 16, seen, other=0.0).to(DOT)
+        seen = live[:, None] if EVEN else live[:, None] & (base + k // 32 < stop)[None, :]
+        at_x = x + source[:, None] * (groups * 32) + (base * 32 + k)[None, :]
+        rows_x = tl.load(at_x, seen, other=0.0).to(DOT)
         first, second = decode.weights(
             *(low, high, scales, d, m, weight_row[:, None], near[None, :], groups),
             *(LOW, HIGH, OFFSET, SCALE, SCALE_OFFSET, MIN, T0, T1, T2, T3),
         )
-        w0 = tl.reshape(first.to(DOT), (BN, GROUPS * 16))
-        w1 = tl.reshape(second.to(DOT), (BN, GROUPS * 16))
-        acc = tl.dot(x0, tl.trans(w0), acc, input_precision="ieee")
-        acc = tl.dot(x1, tl.trans(w1), acc, input_precision="ieee")
+        both = tl.permute(tl.join(first.to(DOT), second.to(DOT)), (0, 1, 3, 2))
+        acc = tl.dot(rows_x, tl.trans(tl.reshape(both, (BN, GROUPS * 32))), acc, input_precision="ieee")
     inside = live[:, None] & (column < columns)[None, :]
     if SPLIT:
         target = tl.program_id(2).to(tl.int64) * rows + place
