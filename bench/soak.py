@@ -35,6 +35,7 @@ from bench.workloads import Chat, prose, question
 from ollamapy.env import Settings
 from ollamapy.lifecycle.devices import physical_cores
 from tests.daemon import Daemon
+from tests.scripted import write_scripted
 
 EVERY = 2.0  # seconds between samples
 WARM = 0.5  # of the time: caches fill, allocators find their size; left out of the slopes
@@ -46,6 +47,7 @@ GROWTH = {
     "processes": 0.1,
 }  # of the middle value, over the time after WARM
 SETTLE_SECONDS = 20.0  # for everything to be given back at the end
+WORDS = [f"\u2581w{number}" for number in range(100)]  # of the tiny model's endless answer
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["name", "age"]}
 MISTAKES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("/api/chat", {"model": servers.NAME, "options": {"temperature": "hot"}}, 400),
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--tiny", action="store_true", help="a model of kilobytes that stays: many more requests")
     parser.add_argument("--churn", default="gemma3", help='model that is loaded and unloaded meanwhile ("": none)')
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a variable of the daemon's environment"
@@ -255,7 +258,8 @@ def main() -> None:
         home = Path(folder)
         shipped = {"OLLAMAPY_PREFIX_CACHE_BYTES": str(Settings().prefix_cache_bytes), "XDG_CACHE_HOME": str(home / "cache")}
         variables = {**shipped, **dict(pair.split("=", 1) for pair in options.set)}
-        with servers.ours(home, model_path("smollm2", home), options.threads, **variables) as running:
+        path = write_scripted(home / "tiny.gguf", WORDS, loop=True) if options.tiny else model_path("smollm2", home)
+        with servers.ours(home, path, options.threads, **variables) as running:
             assert running.daemon is not None
             if options.churn:
                 modelfile = home / "Churn"
