@@ -97,6 +97,7 @@ def names(daemon: Daemon) -> set[str]:
     return {row["name"].removesuffix(":latest") for row in daemon.get("/api/tags")["models"]}
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("counting", "kills"),
     [(False, 1), (True, 2), pytest.param(False, 40, marks=pytest.mark.slow), pytest.param(True, 160, marks=pytest.mark.slow)],
@@ -124,7 +125,7 @@ def test_a_killed_daemon_is_followed_by_another_on_its_port(tmp_path: Path, coun
             known[name] = True
         for number in range(kills):
             load = Load(daemon, blob, number, known)
-            time.sleep(rng.random() * (2.0 if counting else 4.0))  # torch is imported in that time
+            time.sleep(rng.random() * (1.0 if counting else 4.0))  # torch is imported in that time
             os.kill(daemon.process.pid, signal.SIGSTOP)  # so that the list is complete
             left = descendants(daemon.process.pid)
             processes.append(len(left))
