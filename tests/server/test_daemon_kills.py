@@ -100,7 +100,7 @@ def names(daemon: Daemon) -> set[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("counting", "kills"),
-    [(False, 1), (True, 2), pytest.param(False, 40, marks=pytest.mark.slow), pytest.param(True, 160, marks=pytest.mark.slow)],
+    [(False, 1), (True, 1), pytest.param(False, 40, marks=pytest.mark.slow), pytest.param(True, 160, marks=pytest.mark.slow)],
 )
 def test_a_killed_daemon_is_followed_by_another_on_its_port(tmp_path: Path, counting: bool, kills: int) -> None:
     rng, models, port = random.Random(6), tmp_path / "models", free_port()
