@@ -97,9 +97,9 @@ def test_packing_needs_no_triton() -> None:
 
 def test_types_with_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a table of the launches, and of the one that knows one path: there each type has one tile."""
-    coded, plain = (layout.pack(random_bytes(type, 2, 256)) for type in (GGMLType.MXFP4, GGMLType.Q4_K))
-    table = tuning.read("sm_80")
+    own, plain = (layout.pack(random_bytes(type, 2, 256)) for type in (GGMLType.Q4_1, GGMLType.Q4_K))
+    table = tuning.read("sm_120")
     monkeypatch.setattr(tuning, "of", lambda device: table)
-    assert tuning.of_weight(coded).tile(128).rows == 64 and tuning.of_weight(plain).tile(128).rows == 128
+    assert tuning.of_weight(own).tile(16).groups == 2 and tuning.of_weight(plain).tile(16).groups == 4
     table = tuning.one_path(table)
-    assert len(tuning.of_weight(coded).tiles) == len(tuning.of_weight(plain).tiles) == 1
+    assert len(tuning.of_weight(own).tiles) == len(tuning.of_weight(plain).tiles) == 1
