@@ -102,8 +102,14 @@ def kernels(device: torch.device, report: Report) -> None:
     runs = {"cuda": [*pytest, *cuda]}
     runs |= {f"triton {name}": [*pytest, f"tests/triton/{name}.py"] for name in (triton[1:2] if small else triton)}
     together(runs, environment, 65, report)
-    sanitizer = ["compute-sanitizer", "--error-exitcode=1", *pytest, *cuda, "-k", "Q4_K or Q6_K or rope or norm"]
-    together({"sanitizer": sanitizer}, environment, 40, report)
+    tools = {
+        "memcheck": "Q4_K or Q6_K or rope or norm",
+        "racecheck": "products and Q4_K or norm",
+        "synccheck": "products and Q4_K or norm",
+    }
+    sanitizer = ["compute-sanitizer", "--error-exitcode=1"]
+    runs = {tool: [*sanitizer, f"--tool={tool}", *pytest, *cuda, "-k", chosen] for tool, chosen in tools.items()}
+    together(runs, environment, 40, report)
 
 
 def together(runs: dict[str, list[str]], environment: dict[str, str], limit: float, report: Report) -> None:
@@ -147,12 +153,17 @@ def time_kernels(device: torch.device, report: Report) -> None:
                 report.attempt(what, lambda w=what, t=type, r=rows, c=columns: matvec(device, report, w, (t, r, c), probe))
     sweep = [1, 2] if small else [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
     prefill = [16] if small else [64, 128, 256, 512, 1024, 2048, 4096, 8192]
-    shape = (GGMLType.Q4_K, *(shapes["tiny"][0] if small else (4096, 14336)))
+    size = shapes["tiny"][0] if small else (4096, 14336)
     for count in [*sweep, *prefill]:
-        report.attempt(f"{count} rows", lambda n=count: many_rows(device, report, shape, n))
+        report.attempt(f"{count} rows", lambda n=count: many_rows(device, report, (types[0], *size), n))
     for context in [32] if small else [1024, 4096, 16384, 65536]:
-        report.attempt(f"attention at {context}", lambda n=context: timing.attention(device, report.row, n, small))
+        for batch in [1, 3] if small else [1, 8, 64]:
+            what = f"attention of {batch} at {context}"
+            report.attempt(what, lambda n=context, b=batch: timing.attention(device, report.row, n, b, small))
     report.attempt("packing", lambda: timing.packing(device, report.row, small))
+    for type in types[1:]:  # last: what there is no time for
+        for count in sweep[1:]:
+            report.attempt(f"{count} rows of {type.name}", lambda t=type, n=count: many_rows(device, report, (t, *size), n))
 
 
 def matvec(device: torch.device, report: Report, what: str, shape: tuple[GGMLType, int, int], probe: float) -> None:
@@ -202,7 +213,12 @@ def many_rows(device: torch.device, report: Report, shape: tuple[GGMLType, int, 
     found = by_each(planes, x, shape[1], device, cells)
     if "mma" in found:
         found["quantize"] = timing.over([x], cuda_kernels.quantize, device)
-    report.row(rows=count, **cells, **{f"{family}_us": round(seconds * 1e6, 1) for family, seconds in found.items()})
+    report.row(
+        rows=count,
+        type=shape[0].name,
+        **cells,
+        **{f"{family}_us": round(seconds * 1e6, 1) for family, seconds in found.items()},
+    )
 
 
 def load(device: torch.device, report: Report) -> None:

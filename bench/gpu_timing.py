@@ -97,29 +97,31 @@ def triton_project() -> Callable[..., Tensor]:
     return triton_kernels.load("project", {"project": "linear.project"})
 
 
-def attention(device: torch.device, row: Callable[..., None], context: int, small: bool) -> None:
-    """Decode of one sequence, 32 heads of 128 on 8: microseconds and GB/s of keys and values."""
+def attention(device: torch.device, row: Callable[..., None], context: int, count: int, small: bool) -> None:
+    """Decode of `count` sequences, 32 heads of 128 on 8: microseconds and GB/s of keys and values."""
     heads, kv_heads, length, block = (2, 1, 32, 16) if small else (32, 8, 128, 16)
     new_cache, plan_of, attend = (triton_kernels.load(op) for op in ("new_cache", "plan_attention", "attention"))
     blocks = -(-context // block)
-    cache = new_cache(LayerState(kv_heads, length, length), blocks, block, torch.float32 if small else torch.float16, device)
-    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    cache = new_cache(
+        LayerState(kv_heads, length, length), count * blocks, block, torch.float32 if small else torch.float16, device
+    )
+    ids = torch.arange(count, device=device)
     batch = Batch(
         token_ids=ids,
-        positions=ids + context - 1,
-        slot_mapping=ids + context - 1,
-        block_table=torch.arange(blocks, dtype=torch.int32, device=device).view(1, -1),
-        query_start=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([context], dtype=torch.int32, device=device),
+        positions=torch.full_like(ids, context - 1),
+        slot_mapping=ids * blocks * block + context - 1,
+        block_table=torch.arange(count * blocks, dtype=torch.int32, device=device).view(count, -1),
+        query_start=torch.arange(count + 1, dtype=torch.int32, device=device),
+        seq_lens=torch.full((count,), context, dtype=torch.int32, device=device),
         logit_rows=ids,
-        query_lens=[1],
-        context_lens=[context],
+        query_lens=[1] * count,
+        context_lens=[context] * count,
     )
-    q = torch.randn(1, heads, length, device=device, dtype=cache.key.dtype)
+    q = torch.randn(count, heads, length, device=device, dtype=cache.key.dtype)
     plan = plan_of(batch, cache)
     seconds = over([q], lambda x: attend(x, cache, plan, scale=length**-0.5), device)
     gbs = (cache.key.nbytes + cache.value.nbytes) / seconds / 1e9
-    row(attention=context, us=round(seconds * 1e6, 1), gbs=round(gbs, 1))
+    row(attention=context, batch=count, us=round(seconds * 1e6, 1), gbs=round(gbs, 1))
 
 
 def packing(device: torch.device, row: Callable[..., None], small: bool) -> None:

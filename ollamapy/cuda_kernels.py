@@ -20,11 +20,10 @@ from ollamapy import cuda_extension
 from ollamapy.cpu_kernels import DecoderLayer
 from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.gguf.types import GGMLType
-from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation
 from ollamapy.triton_kernels import tuning
 from ollamapy.triton_kernels.forms import GROUP
-from ollamapy.triton_kernels.layout import Planes, pack
+from ollamapy.triton_kernels.layout import Planes
 
 MATVEC, MMA = 0, 1  # `Path` of csrc/cuda/args.h
 MATVEC_MOST = 8  # rows that the matvec kernel takes
@@ -110,11 +109,6 @@ def is_dense(x: Tensor) -> bool:
     """Whether x (n, K) has so many rows that a decoded matrix and torch.matmul are faster."""
     most: int = tuning.of(x.device).mma_rows
     return x.shape[0] > most
-
-
-def prepare_linear(weight: QuantTensor, device: torch.device) -> Planes:
-    """Packed on the device, a chunk of rows at a time."""
-    return pack(weight.to(device))
 
 
 def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:

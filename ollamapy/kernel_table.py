@@ -118,7 +118,7 @@ TABLE: tuple[Kernel, ...] = (
     _csrc("largest", cpu_sampling.largest),
     _csrc("log_totals", cpu_sampling.log_totals),
     _csrc("draw", cpu_sampling.draw),
-    _cuda("linear", cuda_kernels.linear, _cuda_multiplies, cuda_kernels.prepare_linear),
+    _cuda("linear", cuda_kernels.linear, _cuda_multiplies, _late("embedding", triton_kernels.PREPARE)),
     _cuda("stack", cuda_kernels.stack, _on_cuda),
     *map(_triton, triton_kernels.OPS),
     *(_triton(op, precise=True) for op in triton_kernels.PRECISE),

@@ -38,7 +38,7 @@ PRECISE = {"linear": "linear.prepare_precise"}
 """The op's weights where products are to be those of float32: the same kernels, in float32, see `tuning.of_weight`"""
 
 PREPARE: dict[str, str] = {
-    "embedding": "embedding.prepare_embedding",
+    "embedding": "layout.prepare",
     "linear": "linear.prepare_linear",
 }
 """op on weights -> what brings a `QuantTensor` into the form that it takes (`layout.Planes`)"""

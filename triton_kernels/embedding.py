@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ollamapy.quant.tensor import QuantTensor
 from ollamapy.triton_kernels import decode
 from ollamapy.triton_kernels.forms import GROUP
-from ollamapy.triton_kernels.layout import Planes, pack
+from ollamapy.triton_kernels.layout import Planes
 
 TILE_ROWS, TILE_GROUPS = 4, 64
 
@@ -81,10 +80,6 @@ def dequantize(planes: Planes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return planes.low.view(planes.shape).to(dtype)
     out = torch.empty(planes.rows, planes.shape[-1], dtype=dtype, device=planes.low.device)
     return _launch(planes, None, out).view(planes.shape)
-
-
-def prepare_embedding(weight: QuantTensor, device: torch.device) -> Planes:
-    return pack(weight.to(device))
 
 
 def embedding(token_ids: Tensor, weight: Planes) -> Tensor:

@@ -174,6 +174,11 @@ def pack(weight: QuantTensor) -> Planes:
     return Planes(weight.type, weight.shape, **planes)
 
 
+def prepare(weight: QuantTensor, device: torch.device) -> Planes:
+    """Packed on the device, a chunk of rows at a time: for Triton's `embedding`, and CUDA's `linear`."""
+    return pack(weight.to(device))
+
+
 def join(parts: Sequence[Planes]) -> Planes:
     """The rows of several weights of one type and one K, one after the other, as one weight (R, K). The parts become views of
     it, so that there is one copy still."""

@@ -8,7 +8,7 @@ import torch
 from ollamapy import cuda_kernels
 from ollamapy.cuda_kernels import MATVEC, MMA, TYPES, Int8Rows
 from ollamapy.gguf.types import GGMLType
-from ollamapy.triton_kernels.layout import pack
+from ollamapy.triton_kernels.layout import pack, prepare
 from tests.cuda.data import K_QUANTS, activations, expected, int8_rows, random_weight
 
 pytestmark = pytest.mark.gpu
@@ -122,7 +122,7 @@ def test_quantize(dtype: torch.dtype, device: torch.device, schedule: str) -> No
 def test_linear(device: torch.device, schedule: str) -> None:
     """The op: any dtype, no rows at all."""
     weight = random_weight(a_k_quant(), 24, 512)
-    planes = cuda_kernels.prepare_linear(weight, device)
+    planes = prepare(weight, device)
     x = activations(3, 512)
     assert cuda_kernels.linear(x[:0].to(device), planes).shape == (0, 24)
     for dtype in (torch.float32, torch.bfloat16):
