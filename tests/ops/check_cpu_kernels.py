@@ -28,9 +28,17 @@ def main() -> None:
         for check in CHECKS:
             start = time.perf_counter()
             found = check()
-            print(
-                f"{isa:10} {check.__module__.split('.')[-1]}.{check.__name__} {time.perf_counter() - start:.2f} s {found or ''}"
-            )
+            name = f"{check.__module__.split('.')[-1]}.{check.__name__}"
+            print(f"{isa:10} {name} {time.perf_counter() - start:.2f} s {_short(found)}", flush=True)
+
+
+def _short(found: Any) -> str:
+    """Largest errors, as shares of their bounds, to two digits."""
+    if isinstance(found, dict):
+        return ", ".join(f"{name} {_short(share)}" for name, share in found.items())
+    if isinstance(found, tuple):
+        return " / ".join(map(_short, found))
+    return "" if found is None else f"{found:.2g}"
 
 
 if __name__ == "__main__":
