@@ -55,7 +55,7 @@ def num_kept(logits: Floats, mu: float, size: int) -> int:
         return 1
     slope = np.float64(ratios @ (logits[:-1] - logits[1:]) / (ratios @ ratios))
     with np.errstate(all="ignore"):
-        kept = float(((slope - 1.0) * 2.0**mu / (1.0 - size ** (1.0 - slope))) ** (1.0 / slope))
+        kept = float(((slope - 1.0) * np.float64(2.0) ** mu / (1.0 - size ** (1.0 - slope))) ** (1.0 / slope))
     return max(int(kept), 1) if kept < size else size
 
 

@@ -94,6 +94,11 @@ def test_mirostat_is_off_when_greedy_and_repeats_a_step() -> None:
     assert (sample([row.copy()], [seq]), list(seq.mu)) == first, "a step that is run again gives the same"
 
 
+def test_mirostat_bears_any_surprise() -> None:
+    values = np.linspace(5.0, 0.0, 100)
+    assert mirostat.num_kept(values, 1e30, 1000) == 1000 and mirostat.num_kept(values, -1e30, 1000) == 1
+
+
 # --- DRY ------------------------------------------------------------------------------------------------------
 
 

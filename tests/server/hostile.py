@@ -109,5 +109,6 @@ def _request(rng: random.Random, model: str) -> Request:
 
 
 def value(rng: random.Random, name: str) -> Any:
-    own = _VALUES.get(name, [])
-    return rng.choice(own if name in _ONLY or (own and rng.random() < 0.7) else EXTREMES)
+    """Mostly of the right type: what is refused at once tries nothing."""
+    own = _VALUES.get(name, [] if name in FIELDS.split() else [-1, 0, 1, 1.5, 0.01, 100])
+    return rng.choice(own if name in _ONLY or (own and rng.random() < 0.9) else EXTREMES)
