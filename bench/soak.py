@@ -43,7 +43,6 @@ GROWTH = {
     "memory": 0.03,
     "files": 0.1,
     "threads": 0.1,
-    "tasks": 0.1,
     "processes": 0.1,
 }  # of the middle value, over the time after WARM
 SETTLE_SECONDS = 20.0  # for everything to be given back at the end
