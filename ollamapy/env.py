@@ -92,7 +92,7 @@ class Settings:
     api_key: str = _variable("OLLAMA_API_KEY", str, "", "Key that the command line sends", secret=True)
     context_length: int = _variable("OLLAMA_CONTEXT_LENGTH", _count, 0, "Default context length (0: by memory)")
     kv_cache_type: str = _variable(
-        "OLLAMA_KV_CACHE_TYPE", str, "", "Type of the KV cache: f16, q8_0, bf16 or f32 (default f16)"
+        "OLLAMA_KV_CACHE_TYPE", str, "", "Type of the KV cache: f16, q8_0, bf16, f32 or, on newer GPUs, fp8 (default f16)"
     )
     flash_attention: str = _variable("OLLAMA_FLASH_ATTENTION", str, "", "Accepted; paged attention is always used")
     prefix_cache_bytes: int = _variable(

@@ -138,7 +138,8 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("attention", "reference", paged_attention.attention, _anywhere),
     Kernel("largest", "reference", sampling.largest, _anywhere),
     Kernel("log_totals", "reference", sampling.log_totals, _anywhere),
+    Kernel("edit", "reference", sampling.edit, _anywhere),
     Kernel("draw", "reference", sampling.draw, _anywhere),
     Kernel("draw_on_device", "reference", device_sampling.draw, _anywhere),
-    Kernel("rank_on_device", "reference", device_sampling.ranked, _anywhere),
+    Kernel("tell_on_device", "reference", device_sampling.told, _anywhere),
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from ollamapy import cpu_kernels, extension, reference
 from ollamapy.cpu_kernels import DecoderLayer as DecoderLayer
 from ollamapy.engine.batch import Batch, KVCache, LayerState
+from ollamapy.engine.edits import Edits
 from ollamapy.engine.filters import Floats, Ids
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.errors import UnsupportedModel
@@ -35,7 +36,6 @@ from ollamapy.reference import Routing as Routing
 log = logging.getLogger(__name__)
 
 Use = Literal["linear", "embedding", "dense"]
-
 
 _WEIGHT_OPS = {kernel.op for kernel in TABLE if kernel.prepare is not None}
 
@@ -274,6 +274,11 @@ def log_totals(logits: Tensor) -> Floats:
     return out
 
 
+def edit(logits: Tensor, edits: Edits) -> None:
+    """Changes single logits (n, V) float32, in place: biases, penalties, ids never chosen; see `engine.edits.Edits`."""
+    _choice.fn["edit"](logits, edits)
+
+
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[Ids, Floats]:
     """One token of each row: see `reference.sampling.draw`."""
     out: tuple[Ids, Floats] = _choice.fn["draw"](logits, params, uniforms)
@@ -286,9 +291,9 @@ def draw_on_device(logits: Tensor, params: Sequence[SamplingParams], uniforms: F
     return out
 
 
-def rank_on_device(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens, where the logits are: see `reference.device_sampling.ranked`."""
-    out: tuple[Tensor, Tensor] = _choice.fn["rank_on_device"](logits, count)
+def tell_on_device(logits: Tensor, rows: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """What logprobs are made of, where the logits are: see `reference.device_sampling.told`."""
+    out: Tensor = _choice.fn["tell_on_device"](logits, rows, tokens, count)
     return out
 
 

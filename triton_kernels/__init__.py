@@ -30,7 +30,8 @@ OPS: dict[str, str] = {
     "plan_attention": "attention_plan.plan",
     "attention": "attention.attention",
     "draw_on_device": "sampling.draw",
-    "rank_on_device": "sampling.ranked",
+    "edit": "sampling.edit",
+    "tell_on_device": "sampling.told",
 }
 """op -> file.function"""
 

@@ -36,17 +36,17 @@ class Drawn:
         """`told` (m, 2 + 2 K) float64 of the rows that ask for logprobs: raw logit, log-sum, likeliest values and ids."""
         self.tokens, self._sequences = tokens, sequences
         self._width = 0 if told is None else told.shape[1]
-        self._get = fetch(tokens.double() if told is None else torch.cat((tokens.double(), told.flatten())))
+        self._get = fetch(tokens if told is None else torch.cat((tokens, told.view(torch.int64).flatten())))
 
     def results(self) -> list[Result]:
         """Waits for them."""
         found = self._get().numpy()
         count = len(self._sequences)
-        tokens = found[:count].astype(np.int64).tolist()
+        tokens = found[:count].tolist()
         results = [Result(t) if t >= 0 else failure(seq) for t, seq in zip(tokens, self._sequences, strict=True)]
         if self._width:
             rows = [row for row, seq in enumerate(self._sequences) if seq.params.logprobs >= 0]
-            told = found[count:].reshape(len(rows), self._width)
+            told = found[count:].view(np.float64).reshape(len(rows), self._width)
             values, ids = np.split(told[:, 2:], 2, axis=1)
             counts = [self._sequences[row].params.logprobs for row in rows]
             logprobs = as_logprobs(
@@ -69,19 +69,13 @@ class DeviceSampler:
     def start(self, logits: Tensor, sequences: ListLike[Sequence], ahead: int = 0) -> Drawn:
         """Draws from logits (n, V) float32, which are overwritten. `ahead`: tokens of each sequence that are not known yet."""
         asked = [row for row, seq in enumerate(sequences) if seq.params.logprobs >= 0]
-        raw = logits[_index(asked, logits)] if asked else None  # a copy
+        rows = sent(torch.tensor(asked), logits.device) if asked else None
+        raw = None if rows is None else logits[rows]  # a copy
         self._sampler.prepare(logits, sequences)
         uniforms = np.array([filters.uniform(seq.seed, seq.num_generated + ahead) for seq in sequences])
         tokens = ops.draw_on_device(logits, [seq.params for seq in sequences], uniforms)
         told = None
-        if raw is not None:
+        if rows is not None and raw is not None:
             count = min(max(1, *(sequences[row].params.logprobs for row in asked)), logits.shape[1])
-            values, ids = ops.rank_on_device(raw, count)
-            own = raw.gather(1, tokens[_index(asked, logits)].clamp(min=0).unsqueeze(1))
-            totals = raw.double().logsumexp(1, keepdim=True)
-            told = torch.cat((own.double(), totals, values.double(), ids.double()), 1)
+            told = ops.tell_on_device(raw, rows, tokens, count)
         return Drawn(tokens, sequences, told, self._fetch)
-
-
-def _index(rows: list[int], logits: Tensor) -> Tensor:
-    return sent(torch.tensor(rows), logits.device)

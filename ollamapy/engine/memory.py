@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 MARGIN = 1.1  # times the measured activations: what the allocator rounds up and cannot put together again
 SHRINK = 0.9  # of the blocks, where the device has not the memory after all
-WIDEST = SamplingParams(temperature=1.0, top_k=0, top_p=0.9)  # draws from the whole vocabulary, sorted
+WIDEST = SamplingParams(temperature=1.0, top_k=0, top_p=0.9, repeat_penalty=1.1, logprobs=20)
+"""Draws from the whole vocabulary, sorted, beside a copy of the logits. Whatever a kernel of this has to be compiled for is
+compiled here and not in a step of many."""
 
 
 def allocated(model: Model, plan: Plan, accelerator: Accelerator | None) -> tuple[ModelRunner, Plan]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-KVType = Literal["f16", "bf16", "f32", "q8_0"]
+KVType = Literal["f16", "bf16", "f32", "q8_0", "fp8"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 ServiceTier = Literal["priority", "default", "flex"]
 SpeculationMode = Literal["off", "ngram", "draft", "auto"]

@@ -12,7 +12,13 @@ from ollamapy.engine.batch import Batch, KVCache
 from ollamapy.engine.protocol import LayerGroup, Plan
 from ollamapy.errors import EngineError
 
-KV_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "q8_0": torch.uint8}  # q8_0: as bytes
+KV_DTYPES = {
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "q8_0": torch.uint8,  # as bytes
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 class Config(Protocol):
@@ -76,8 +82,9 @@ class ModelRunner:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that the caches consist of, blocks first; what layers share is there once."""
+        """All that the caches consist of, blocks first; what layers share is there once. fp8 as bytes: torch indexes no fp8."""
         tensors = (tensor for cache in self.caches for tensor in cache.tensors())
+        tensors = (tensor.view(torch.uint8) if tensor.dtype is KV_DTYPES["fp8"] else tensor for tensor in tensors)
         return list({(tensor.device, tensor.data_ptr()): tensor for tensor in tensors}.values())
 
     def copy_blocks(self, copies: ListLike[tuple[int, int]]) -> None:

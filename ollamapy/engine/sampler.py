@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ollamapy import ops
-from ollamapy.engine import dry, filters, mirostat
+from ollamapy.engine import filters, mirostat
+from ollamapy.engine.edits import Editor
 from ollamapy.engine.filters import Floats, Ids
 from ollamapy.engine.grammar import constrain
 from ollamapy.engine.protocol import TokenLogprob
 from ollamapy.engine.sequence import Result, Sequence
-from ollamapy.engine.transfer import sent
 
 NOT_FINITE = "the model's logits are not finite"
 
 
 class Sampler:
-    """Samples batches of rows; holds nothing but index tensors of suppressed ids."""
+    """Samples batches of rows; holds nothing but the ids that its `Editor` has sent to the device."""
 
     def __init__(self) -> None:
-        self._suppressed: dict[tuple[int, ...], Tensor] = {}
+        self._editor = Editor()
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: ListLike[Sequence]) -> list[Result]:
@@ -48,59 +48,15 @@ class Sampler:
 
     def prepare(self, logits: Tensor, sequences: ListLike[Sequence]) -> None:
         """Does to logits (n, V) what comes before the filters. Waits for no device."""
-        self._suppress(logits, sequences)
-        _add(logits, [(row, dict(seq.params.logit_bias)) for row, seq in enumerate(sequences) if seq.params.logit_bias])
-        penalize(logits, sequences)
-        _add(logits, [(row, dry.penalties(seq)) for row, seq in enumerate(sequences) if seq.params.dry_multiplier])
+        edits = self._editor.of(sequences, logits)
+        if edits is not None:
+            ops.edit(logits, edits)
         constrain(logits, [seq.grammar for seq in sequences])
-
-    def _suppress(self, logits: Tensor, sequences: ListLike[Sequence]) -> None:
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, seq in enumerate(sequences):
-            if seq.params.suppress_ids:
-                groups.setdefault(seq.params.suppress_ids, []).append(row)
-        for ids, rows in groups.items():
-            index = self._suppressed.get(ids)
-            if index is None:
-                valid = [token_id for token_id in ids if 0 <= token_id < logits.shape[1]]
-                index = self._suppressed[ids] = sent(torch.tensor(valid, dtype=torch.int64), logits.device)
-            if len(rows) == logits.shape[0]:
-                logits.index_fill_(1, index, -math.inf)
-            else:
-                logits[sent(torch.tensor(rows), logits.device).unsqueeze(1), index] = -math.inf
 
 
 def failure(seq: Sequence) -> Result:
     """A row without a largest logit: the model's fault, or that of a grammar that allows no token."""
     return Result(error=(seq.grammar.error if seq.grammar is not None else "") or NOT_FINITE)
-
-
-def _add(logits: Tensor, rows: list[tuple[int, dict[int, float]]]) -> None:
-    """To each row's logits by token id."""
-    where = [row for row, values in rows for _ in values]
-    if where:
-        ids = [token_id for _, values in rows for token_id in values]
-        added = [value for _, values in rows for value in values.values()]
-        index = (sent(torch.tensor(where), logits.device), sent(torch.tensor(ids), logits.device))
-        logits[index] += sent(torch.tensor(added, dtype=logits.dtype), logits.device)
-
-
-def penalize(logits: Tensor, sequences: ListLike[Sequence]) -> None:
-    """For each token of a request's window: logit *= repeat (or /= when positive), then -= count * frequency + presence."""
-    rows = [(row, seq.penalties.counts, seq.params) for row, seq in enumerate(sequences) if seq.penalties is not None]
-    if not rows:
-        return
-    lengths = [len(counts) for _, counts, _ in rows]
-    where = np.repeat([row for row, _, _ in rows], lengths)
-    ids = np.fromiter((token_id for _, counts, _ in rows for token_id in counts), np.int64, len(where))
-    times = np.fromiter((count for _, counts, _ in rows for count in counts.values()), np.float32, len(where))
-    factors = np.array([(p.repeat_penalty, p.frequency_penalty, p.presence_penalty) for *_, p in rows], dtype=np.float32)
-    repeat, frequency, presence = np.repeat(factors, lengths, axis=0).T
-    index = (sent(torch.from_numpy(where), logits.device), sent(torch.from_numpy(ids), logits.device))
-    factor = sent(torch.from_numpy(repeat.copy()), logits.device)
-    less = sent(torch.from_numpy(times * frequency + presence), logits.device)
-    values = logits[index]
-    logits[index] = torch.where(values <= 0, values * factor, values / factor) - less
 
 
 def choose(logits: Tensor, sequences: ListLike[Sequence]) -> list[int]:

@@ -104,6 +104,7 @@ class Sequence:
     last_token_ns: int = 0
     penalties: PenaltyWindow | None = field(init=False)
     breakers: NDArray[np.int64] | None = None  # DRY's, as an array once it was needed
+    never: tuple[object, int, int] | None = None  # the `Editor` that has its ids never chosen, and where: once it was asked for
     mu: list[float] = field(init=False)  # mirostat's state before each generated token; moved by the sampler
 
     # moved by prompt_logprobs and, when they have been told, by Scheduler

@@ -25,6 +25,7 @@ from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 
 ROW_TILE = 4
+FP8_MOST = 448.0  # the largest float8_e4m3fn; beyond it a conversion makes NaN
 Activation = Literal["silu", "gelu_tanh"]
 Gating = Literal["softmax", "sigmoid", "softmax_selected"]
 
@@ -131,7 +132,10 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
     """Rows of k (n, Hkv, D) and v (n, Hkv, Dv) to their slots. Rows beyond slot_mapping are padding and are left out."""
     rows = slot_mapping.shape[0]
     for store, new in ((cache.key, k), (cache.value, v)):
-        held = q8_0_blocks(new[:rows]) if store.dtype is torch.uint8 else new[:rows].to(store.dtype)
+        if store.dtype is torch.float8_e4m3fn:  # as bytes, since torch indexes no fp8
+            held, store = new[:rows].clamp(-FP8_MOST, FP8_MOST).to(store.dtype).view(torch.uint8), store.view(torch.uint8)
+        else:
+            held = q8_0_blocks(new[:rows]) if store.dtype is torch.uint8 else new[:rows].to(store.dtype)
         store.flatten(0, 1).index_copy_(0, slot_mapping, held)
 
 

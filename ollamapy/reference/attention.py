@@ -189,9 +189,10 @@ def _queries(q: Tensor, group: _Group, num_kv_heads: int, scale: float) -> Tenso
 
 def _gather(store: Tensor, group: _Group) -> Tensor:
     """(tiles, S, Hkv, KEY_TILE, D) float32 of a cache (num_blocks, block_size, Hkv, D), or of Q8_0 blocks of D."""
-    rows = store.view(-1, store.shape[3]).index_select(0, group.slots)
+    plain = store.view(torch.uint8) if store.dtype is torch.float8_e4m3fn else store  # torch indexes no fp8
+    rows = plain.view(-1, store.shape[3]).index_select(0, group.slots)
     shape = (group.tiles, group.num_sequences, store.shape[2], KEY_TILE, _length(store))
-    return dequantize(rows, GGMLType.Q8_0, shape) if store.dtype is torch.uint8 else rows.float().view(shape)
+    return dequantize(rows, GGMLType.Q8_0, shape) if store.dtype is torch.uint8 else rows.view(store.dtype).float().view(shape)
 
 
 def _length(store: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""One token of each row, drawn where the logits are: nothing comes to the host. What `sampling.draw` chooses, from torch's ops.
+"""One token of each row, drawn where the logits are, and what its logprobs are made of: nothing comes to the host. What
+`sampling.draw` chooses, from torch's ops.
 
 Candidates are ranked by keys of 64 bits, the logit's order above and the token id below, so that no device breaks a tie in its
 own way; weights and their running sums are float64, as on the host.
@@ -29,6 +30,16 @@ def ranked(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     best = keys.sort(dim=1, descending=True).values if count >= logits.shape[1] else keys.topk(count, dim=1).values
     bits = (best >> 32).int()
     return (bits ^ ((bits >> 31) & _LOW)).view(torch.float32), _LOW - (best & 0xFFFFFFFF)
+
+
+def told(logits: Tensor, rows: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """(m, 2 + 2 count) float64 of the model's logits (m, V) float32, those of `rows` (m,) of `tokens` (n,): the token's logit,
+    the logarithm of the sum of exp(logits), the `count` <= V likeliest logits and their ids. The sum is not finite, or the
+    likeliest, where a row's largest is not."""
+    values, ids = ranked(logits, count)
+    own = logits.gather(1, tokens[rows].clamp(min=0).unsqueeze(1))
+    totals = logits.double().logsumexp(1, keepdim=True)
+    return torch.cat((own.double(), totals, values.double(), ids.double()), 1)
 
 
 def cuts_of(params: Sequence[SamplingParams], uniforms: Floats, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sampling's ops on rows of logits: the likeliest tokens, totals, one token drawn. Knows no sequence and no grammar.
+"""Sampling's ops on rows of logits: changes, the likeliest tokens, totals, one token drawn. Knows no sequence and no grammar.
 
 The order is total: higher logit first, lower token id first among equals. So a row's candidates do not depend on how many
 are asked for, on the rows beside it, or on the device's way to break ties. No row is sorted that a part of it can decide.
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ollamapy.engine import filters
+from ollamapy.engine.edits import Edits
 from ollamapy.engine.filters import Candidates, Floats, Ids
 from ollamapy.engine.protocol import SamplingParams
+from ollamapy.engine.transfer import sent
 
 LANES = 32  # a row is read as LANES x columns; 65 of 262,144 take 0.06 ms so, 0.28 ms by topk of the whole row (2 cores)
 GREEDY = 1  # candidates that a greedy row needs
@@ -45,6 +47,31 @@ def log_totals(logits: Tensor) -> Floats:
     totals = torch.cat([torch.logsumexp(row.unsqueeze(0), 1) for row in logits])
     found: Floats = totals.double().cpu().numpy()
     return found
+
+
+def edit(logits: Tensor, edits: Edits) -> None:
+    """Changes single logits (n, V) float32, in place: see `Edits`. Waits for no device."""
+    device = logits.device
+    lengths = np.diff(edits.bounds, axis=1)
+    rows, kinds = np.repeat(edits.rows, lengths.sum(1)), np.repeat(np.tile(np.arange(3), len(lengths)), lengths.ravel())
+    for kind in range(3):
+        own = np.flatnonzero(kinds == kind)
+        if not len(own):
+            continue
+        at, ids = (sent(torch.from_numpy(each[own].astype(np.int64)), device) for each in (rows, edits.ids))
+        values, found = edits.values[own], logits[at, ids]
+        if kind == 1:
+            repeat, frequency, presence = np.repeat(edits.factors, lengths[:, 1], axis=0).T
+            values = values * frequency + presence
+            factor = sent(torch.from_numpy(repeat.copy()), device)
+            found = torch.where(found <= 0, found * factor, found / factor)
+        logits[at, ids] = found + sent(torch.from_numpy(values), device)
+    for begin, end in sorted({(begin, end) for begin, end in edits.spans.tolist() if begin < end}):
+        same = edits.rows[(edits.spans == (begin, end)).all(1)].astype(np.int64)
+        if len(same) == logits.shape[0]:
+            logits.index_fill_(1, edits.never[begin:end], -math.inf)
+        else:
+            logits[sent(torch.from_numpy(same), device).unsqueeze(1), edits.never[begin:end]] = -math.inf
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[Ids, Floats]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Any
 
@@ -252,6 +253,19 @@ def test_byte_caches(dtype: torch.dtype, options: dict[str, float | bool]) -> No
     q = torch.randn(sum(queries), 4, 32)
     sinks = torch.randn(4) if options.get("sinks") else None
     compare(q, make_batch(tables, queries, contexts, block), ours, theirs, 2e-6, **{**options, "scale": 0.2, "sinks": sinks})
+
+
+def test_what_fp8_cannot_hold() -> None:
+    """Becomes the largest that it can; none stays none."""
+    state, slots = LayerState(1, 16, 16), torch.tensor([2])
+    k = torch.tensor([440.0, 449.0, 1e9, math.inf, -math.inf, -464.1, math.nan, 2**-10]).repeat(2).view(1, 1, 16)
+    ours, theirs = (module.new_cache(state, 1, 16, torch.float8_e4m3fn, CPU) for module in (layouts, reference))
+    place.write_kv(k, -k, ours, slots)
+    reference.write_kv(k, -k, theirs, slots)
+    want = [448.0, 448.0, 448.0, 448.0, -448.0, -448.0, math.nan, 0.0] * 2  # 440 lies between 416 and 448
+    for sign, *stores in ((1, ours.key[0, 0, 2], theirs.key[0, 2, 0]), (-1, ours.value[0, 0, 2], theirs.value[0, 2, 0])):
+        for store in stores:
+            torch.testing.assert_close(store.float(), sign * torch.tensor(want), rtol=0, atol=0, equal_nan=True)
 
 
 def test_heads_that_q8_0_cannot_hold() -> None:

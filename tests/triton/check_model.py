@@ -14,7 +14,8 @@ from ollamapy import ops
 from ollamapy.engine.accelerator import Accelerator
 from ollamapy.engine.engine import Engine
 from ollamapy.engine.groups import layer_groups
-from ollamapy.engine.protocol import LayerGroup, Plan, SamplingParams, Step
+from ollamapy.engine.protocol import KVType, LayerGroup, Plan, SamplingParams, Step
+from ollamapy.engine.runner import KV_DTYPES
 from ollamapy.env import Settings
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.gguf.types import GGMLType
@@ -93,19 +94,25 @@ def load(path: Path, kernels: str, precise: bool = False) -> Decoder:
         return load_model(file, torch.device("cpu"), kernels=kernels, precise=precise)
 
 
-def feed(model: Decoder) -> dict[str, torch.Tensor]:
+def feed(model: Decoder, kv_dtype: KVType = "f32") -> dict[str, torch.Tensor]:
     """Two prompts, then a decoding step of both, then one beside a later part of the other's prompt."""
-    paged = Paged(model)
+    paged = Paged(model, dtype=KV_DTYPES[kv_dtype])
     found = {f"prompt {name}": out for name, out in paged.logits({"a": range(3, 13), "b": [5, 80]}).items()}
     found |= {f"decoded {name}": out for name, out in paged.logits({"a": [7], "b": [9]}).items()}
     return found | {f"mixed {name}": out for name, out in paged.logits({"b": range(40, 46), "a": [11]}).items()}
 
 
 def generate(
-    model: Decoder, groups: tuple[LayerGroup, ...] = (), device: Accelerator | None = None, count: int = 2, max_tokens: int = 2
+    model: Decoder,
+    groups: tuple[LayerGroup, ...] = (),
+    device: Accelerator | None = None,
+    count: int = 2,
+    max_tokens: int = 2,
+    kv_dtype: KVType = "f16",
 ) -> dict[int, list[int]]:
-    plan = Plan("tiny", num_blocks=20, block_size=16, context_length=64, groups=groups)
+    plan = Plan("tiny", num_blocks=20, block_size=16, context_length=64, groups=groups, kv_dtype=kv_dtype)
     engine = Engine(model, plan, ops.chosen(), accelerator=device)
+    assert {cache.key.dtype for cache in engine.runner.caches} == {KV_DTYPES[kv_dtype]}
     tokens: dict[int, list[int]] = {}
     for request, prompt in enumerate([[10, 11, 12], [3], [7, 8]][:count]):
         engine.add(request, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
@@ -131,6 +138,26 @@ def test_model(name: str, tmp_path: Path) -> None:
     if name == "gemma3":  # whose layers have block tables of their own
         groups = layer_groups(model.config.windows, 64)
         assert len(groups) == 2 and generate(model, groups) == tokens
+
+
+def test_fp8_cache(tmp_path: Path) -> None:
+    """e4m3 keeps 3 bits behind the first, float16 10: its errors are 2^7 times as large, and so are the logits', which hardly
+    bend within them (half as large again for what they bend, and for chance). The reference says the same but for values that
+    lie in the middle between two of fp8, as far as float32 can tell: one in 10^5, hence one or none of these 10^4."""
+    path = write(MODELS["llama"], tmp_path)
+    reference = load(path, "reference")
+    want, told, tokens = feed(reference), feed(reference, "fp8"), generate(reference, max_tokens=4, kv_dtype="fp8")
+    model = load(path, "triton")
+    off = {kind: spread(feed(model, kind), want) for kind in ("f16", "fp8")}
+    assert 2**7 / 3 < off["fp8"] / off["f16"] < 2**7 * 1.5, off
+    assert spread(feed(model, "fp8"), told) < off["fp8"] / 8
+    recorded = generate(model, device=Emulated(), max_tokens=4, kv_dtype="fp8")
+    assert recorded == generate(model, max_tokens=4, kv_dtype="fp8") == tokens
+
+
+def spread(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+    """Root of the mean square of all logits' differences."""
+    return float(torch.cat([(got[name] - want[name]).flatten() for name in want]).square().mean().sqrt())
 
 
 def test_types_of_few_values(tmp_path: Path) -> None:

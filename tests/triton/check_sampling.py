@@ -1,18 +1,28 @@
-"""Sampling kernels against the host's sampler and torch's ops on the device: the same tokens from the same logits."""
+"""Sampling kernels against the host's sampler and torch's ops on the device: the same tokens from the same logits, with the
+same logprobs, after the same changes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import random
+from array import array
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from ollamapy import ops
+from ollamapy.engine.device_sampler import DeviceSampler
+from ollamapy.engine.edits import Editor
 from ollamapy.engine.protocol import SamplingParams
+from ollamapy.engine.sampler import Sampler
+from ollamapy.engine.sequence import Sequence
 from ollamapy.reference import device_sampling
 from ollamapy.reference import sampling as host
 from ollamapy.triton_kernels import sampling, tuning
+from tests.engine.test_edits import awkward_logits, some_sequences
 
 SIZE = 700  # logits: more than a block of 512
 CASES = [
@@ -87,13 +97,85 @@ def test_rows_that_are_not_finite(bad: float | None) -> None:
     assert found == [-1, -1, -1, -1, 0]
 
 
-@pytest.mark.parametrize("count", [1, 5, 16, 20, 64, 100, SIZE])
-def test_ranked(count: int) -> None:
-    logits = (3 * torch.randn(2, SIZE, generator=torch.Generator().manual_seed(1))).round()
+@pytest.mark.parametrize("count", [1, 5, 16, 20, 64, 100])
+def test_told(count: int) -> None:
+    """Of some rows of those drawn; the logarithm of the sum is off by what float32 rounds: exp by 2 of its last bits and by
+    that of the difference, 512 of them are added in 9 steps, 12 with blocks of 4096, in all less than 2^-20."""
+    logits = (3 * torch.randn(4, SIZE, generator=torch.Generator().manual_seed(1))).round()
     logits[1].clamp_(max=0.0)  # hundreds of equals, some of them -0
-    values, ids = sampling.ranked(logits, count)
-    want_values, want_ids = device_sampling.ranked(logits, count)
-    assert torch.equal(ids, want_ids) and torch.equal(values, want_values)
+    logits[2, ::3] = -math.inf
+    logits[3] = 80.0 * logits[3]  # one token has it all, and the sum would overflow
+    rows, tokens = torch.tensor([6, 0, 2, 5]), torch.tensor([SIZE - 1, 9, 1, 9, 9, -1, 0])
+    got, want = sampling.told(logits, rows, tokens, count), device_sampling.told(logits, rows, tokens, count)
+    assert got.dtype == want.dtype == torch.float64
+    assert torch.equal(got[:, 0], want[:, 0]) and torch.equal(got[:, 2:], want[:, 2:])
+    torch.testing.assert_close(got[:, 1], want[:, 1], rtol=0, atol=2**-20)
+    alone = sampling.told(logits[2:3], rows[2:3], tokens, count)
+    assert torch.equal(alone, got[2:3])
+
+
+def test_told_of_rows_that_are_not_finite() -> None:
+    logits = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(2))
+    logits[0, 5], logits[1, 600], logits[2] = math.nan, math.inf, -math.inf
+    totals = sampling.told(logits, torch.arange(4), torch.tensor([5, 3, -1, 8]), 3)[:, 1]
+    assert totals.isnan().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 11), (9, SIZE), (33, 4097)])
+def test_edits_are_the_host_s(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit. Lists longer than a block, lists that meet, empty ones, rows without any."""
+    monkeypatch.setattr(sampling, "EDITED", 16)
+    rng = random.Random(3 * size)
+    sequences, logits = some_sequences(rng, count, size), awkward_logits(rng, count, size)
+    for seq in sequences:
+        for _ in range(rng.choice([0, 0, 50])):
+            if len(seq.token_ids) > 1:
+                seq.accept(rng.randrange(size))  # more than a block of tokens
+    edits = Editor().of(sequences, logits)
+    assert edits is not None
+    want = logits.clone()
+    with np.errstate(all="ignore"):
+        sampling.edit(logits, edits)
+    host.edit(want, edits)
+    torch.testing.assert_close(logits, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_edits_leave_other_memory_alone() -> None:
+    """A token that the row has not, and rows that lie apart."""
+    whole = torch.zeros(3, 64)
+    tokens, logits = array("q", [3, 31, 33]), whole[:, :32]
+    edits = Editor().of([Sequence(0, tokens, SamplingParams(presence_penalty=2.0), 99)] * 2, logits)
+    assert edits is not None
+    sampling.edit(logits, edits)
+    want = torch.zeros(3, 64)
+    want[:2, [3, 31]] = -2.0
+    assert torch.equal(whole, want)
+
+
+def test_a_step_is_the_host_s() -> None:
+    """Through the samplers: changes, draws and logprobs of a batch, by these kernels and by the reference's on the host."""
+    rng = random.Random(5)
+    logits = 2 * torch.randn(12, SIZE, generator=torch.Generator().manual_seed(5))
+    sequences = some_sequences(rng, 12, SIZE)
+    for row, seq in enumerate(sequences):
+        seq.params = msgspec.structs.replace(seq.params, logprobs=(-1, 0, 4)[row % 3], top_k=(40, 0)[row % 2], temperature=0.9)
+    try:
+        ops.choose(torch.device("cpu"), "triton")
+        assert all(ops.chosen()[op] == "triton" for op in ("edit", "draw_on_device", "tell_on_device"))
+        got = DeviceSampler(Sampler(), lambda tensor: lambda: tensor).start(logits.clone(), sequences).results()
+        ops.choose(torch.device("cpu"), "reference")
+        want = Sampler().sample(logits.clone(), sequences)
+    finally:
+        ops.choose(torch.device("cpu"))
+    for own, other in zip(got, want, strict=True):
+        assert own.token_id == other.token_id >= 0
+        if other.logprob is not None:
+            assert own.logprob is not None and [t for t, _ in own.logprob.top] == [t for t, _ in other.logprob.top]
+            near = (
+                [own.logprob.logprob, *(p for _, p in own.logprob.top)],
+                [other.logprob.logprob, *(p for _, p in other.logprob.top)],
+            )
+            assert np.allclose(*near, rtol=0, atol=2**-19)  # the host's sum is float32 too
 
 
 def test_a_vocabulary_smaller_than_the_candidates() -> None:
@@ -101,4 +183,5 @@ def test_a_vocabulary_smaller_than_the_candidates() -> None:
     params, uniforms = [CASES[index] for index in (0, 2, 7, 13)], np.array([0.1, 0.9, 0.6, 0.4])
     want, _ = host.draw(logits, params, np.stack([uniforms, uniforms], 1))
     assert sampling.draw(logits, params, uniforms).tolist() == want.tolist()
-    assert sampling.ranked(logits, 11)[1].tolist() == device_sampling.ranked(logits, 11)[1].tolist()
+    rows = torch.arange(4)
+    assert torch.equal(sampling.told(logits, rows, rows, 11)[:, 13:], device_sampling.told(logits, rows, rows, 11)[:, 13:])

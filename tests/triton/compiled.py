@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,7 +32,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ollamapy.engine.batch import LayerState
+from ollamapy.engine.edits import Editor
 from ollamapy.engine.protocol import SamplingParams
+from ollamapy.engine.sequence import Sequence
 from ollamapy.gguf.types import GGMLType
 from ollamapy.reference import Routing
 from ollamapy.triton_kernels import (
@@ -59,6 +62,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}
 """Compute capability -> KiB of shared memory that a program can have."""
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+ROUNDED = ("edit_kernel",)  # whose bits are to be the host's
 INT8_CORES = "IMMA"  # products batched by group stay with mma.sync, on every architecture
 
 CPU = torch.device("cpu")
@@ -113,6 +117,15 @@ def turn(heads: int = 32, kv_heads: int = 8, length: int = 128, dtype: torch.dty
     norms = torch.zeros(length)
     angles = place.Turn(torch.zeros(64, length), False, norms, norms, 1e-6)
     return place.place(qkv, heads, angles, torch.arange(4), torch.zeros(4), store, torch.arange(4))
+
+
+def edit() -> None:
+    """Of two rows with a list each."""
+    logits = torch.zeros(2, 128256)
+    params = SamplingParams(repeat_penalty=1.1, suppress_ids=(7, 8))
+    edits = Editor().of([Sequence(0, array("q", [1, 2, 3]), params, 99)] * 2, logits)
+    assert edits is not None
+    sampling.edit(logits, edits)
 
 
 def mix(tokens: int) -> object:
@@ -180,6 +193,9 @@ def usual_cases() -> dict[str, Case]:
         "attention prefill, float32": (attend([200], [300], 32, 8, 128, dtype=torch.float32), False),
         "attention prefill, float32, 4/1 heads of 256": (attend([200], [300], 4, 1, 256, dtype=torch.float32), False),
         "attention decode, fp8": (attend([1], [3000], 32, 8, 128, dtype=torch.float8_e4m3fn), False),
+        "attention prefill, fp8": (attend([200], [300], 32, 8, 128, dtype=torch.float8_e4m3fn), True),
+        "attention of a few on a long context, fp8": (attend([4], [3000], 32, 8, 128, dtype=torch.float8_e4m3fn), False),
+        "place, fp8": (lambda: turn(dtype=torch.float8_e4m3fn), False),
         "attention decode, 4/1 heads of 256, window, cap": (attend([1], [100], 4, 1, 256, window=64, cap=50.0), False),
         "attention prefill, 8/8 heads of 64, window, sinks": (
             attend([200], [300], 8, 8, 64, window=128, sinks=torch.zeros(8)),
@@ -201,7 +217,8 @@ def usual_cases() -> dict[str, Case]:
             False,
         ),
         "experts MXFP4, 64 tokens": (lambda: mix(64), False),
-        "ranked": (lambda: sampling.ranked(torch.zeros(2, 128256), 20), False),
+        "told": (lambda: sampling.told(torch.zeros(2, 128256), torch.arange(2), torch.arange(2), 20), False),
+        "edits": (edit, False),
     }
 
 
@@ -270,6 +287,8 @@ def figures(name: str, architecture: int, every: bool) -> tuple[str, int, dict[s
             wrong.append(f"{kernel.name} spills {stack} bytes")
         if kernel.metadata.shared > ARCHITECTURES[architecture] * 1024:
             wrong.append(f"{kernel.name} wants {kernel.metadata.shared} bytes of shared memory")
+        if kernel.name in ROUNDED and re.search(r"fma|div\.(full|approx)", kernel.asm["ptx"]):
+            wrong.append(f"{kernel.name} rounds otherwise than the host")
         if tensor_cores and kernel.name in meant and meant[kernel.name] not in said("nvdisasm", of=kernel.asm["cubin"]):
             wrong.append(f"{kernel.name} has no {meant[kernel.name]}")  # asked for only here: 0.3 s a kernel
     return name, architecture, found, wrong
