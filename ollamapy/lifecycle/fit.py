@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -25,7 +25,13 @@ KV_SHARE = {"cpu": 0.5, "cuda": 0.9}
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 GPU_RESERVE = 457 << 20  # left free on each GPU, as Ollama does
 BASE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # of a process: interpreter and torch; a CUDA context with its libraries
-KV_BLOCKS: dict[KVType, tuple[int, int]] = {"f16": (2, 1), "bf16": (2, 1), "f32": (4, 1), "q8_0": (34, 32)}  # bytes, elements
+KV_BLOCKS: dict[KVType, tuple[int, int]] = {  # bytes, elements
+    "f16": (2, 1),
+    "bf16": (2, 1),
+    "f32": (4, 1),
+    "q8_0": (34, 32),
+    "fp8": (1, 1),
+}
 _BATCHES = ((32768, 2048), (4096, 1024), (0, 512))  # context above -> tokens per step
 
 
@@ -51,6 +57,7 @@ class Place:
 
     device: str
     free: int
+    fp8: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -121,6 +128,16 @@ class Model:
         weights = self.weights[place.kind]
         draft = self.draft.weights[place.kind].total if self.draft is not None else 0
         return sum(weights.layers[layers.start : layers.stop]) + (weights.rest + draft if is_last else 0)
+
+    def held_by(self, places: Iterable[Place]) -> tuple[Model, tuple[str, ...]]:
+        """With a KV cache that all of them can have, and a note when that is not the one asked for."""
+        unfit = [place.device for place in places if not place.fp8] if self.kv_dtype == "fp8" else []
+        if not unfit:
+            return self, ()
+        why = f"{unfit[0]} has no fp8, NVIDIA's GPUs from compute capability 8.9 on do"
+        return replace(self, kv_dtype="f16"), (
+            f"OLLAMA_KV_CACHE_TYPE={self.settings.kv_cache_type}: {why}: the KV cache is f16",
+        )
 
     def need(self, place: Place, context: int) -> int:
         """Bytes of all of it with one context on one place."""

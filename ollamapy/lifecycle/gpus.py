@@ -35,6 +35,11 @@ class GPU:
     free: int
     capability: tuple[int, int]
 
+    @property
+    def fp8(self) -> bool:
+        """Whether it converts float8_e4m3fn: NVIDIA's do from 8.9 on; of AMD's some have another form of it."""
+        return self.capability >= (8, 9) and not self.name.startswith("AMD")
+
 
 Found = tuple[list[GPU], list[str]]  # and why others are not used
 

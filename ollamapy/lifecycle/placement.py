@@ -14,13 +14,14 @@ from ollamapy.engine.protocol import KVType
 from ollamapy.env import Settings
 from ollamapy.errors import EngineError
 from ollamapy.lifecycle.devices import Devices
-from ollamapy.lifecycle.fit import GPU_RESERVE, KV_BLOCKS, Model, Place, Placement
+from ollamapy.lifecycle.fit import GPU_RESERVE, KV_BLOCKS, Model, Parts, Place, Placement
 from ollamapy.lifecycle.gpus import GPU
 from ollamapy.lifecycle.options import MIN_CONTEXT, RunnerOptions
 from ollamapy.lifecycle.sizes import Beside, WeightBytes
 from ollamapy.models.config import ModelConfig
 
 GIB = 1 << 30
+_KV_NAMES = {"": "f16", "fp8_e4m3": "fp8"}  # vLLM has both names for it
 AUTO_CONTEXT = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))  # total GPU memory -> default context
 
 
@@ -49,7 +50,7 @@ def plan(
     gpus, cpu = _gpu_places(devices, settings, options), Place("cpu", devices.free_memory)
     lengths = contexts(config, devices.gpus, settings, options)
     for parts, context in _candidates(model, gpus, cpu, lengths):
-        placement = model.on(parts, context, devices.cpu_cores)
+        placement = _placed(model, parts, context, devices.cpu_cores)
         if placement is not None:
             on_cpu = sum(len(layers) for place, layers in parts if place is cpu)
             told = [*notes, *_split_notes(parts, on_cpu, settings, options), *placement.notes]
@@ -60,10 +61,16 @@ def plan(
         notes.append(f"does not fit on a GPU (the most free memory is {_size(gpus[0].free)}): runs on the CPU")
     candidates = contexts(config, (), settings, options)
     for context in candidates:
-        placement = model.on([(cpu, range(config.block_count))], context, devices.cpu_cores)
+        placement = _placed(model, [(cpu, range(config.block_count))], context, devices.cpu_cores)
         if placement is not None:
             return replace(placement, notes=(*notes, *placement.notes), spilled=bool(gpus))
     raise _does_not_fit(model, cpu, candidates[-1])
+
+
+def _placed(model: Model, parts: Parts, context: int, cpu_cores: int) -> Placement | None:
+    held, notes = model.held_by(place for place, _ in parts)
+    placement = held.on(parts, context, cpu_cores)
+    return replace(placement, notes=(*notes, *placement.notes)) if placement is not None else None
 
 
 Candidate = tuple[list[tuple[Place, range]], int]
@@ -120,8 +127,9 @@ def contexts(config: ModelConfig, gpus: Sequence[GPU], settings: Settings, optio
 
 
 def kv_type(name: str, configs: Sequence[ModelConfig], precise: bool) -> tuple[KVType, list[str]]:
-    """The KV cache's type for OLLAMA_KV_CACHE_TYPE, and a note when it is not the one asked for."""
-    wanted, asked = name.lower() or "f16", f"OLLAMA_KV_CACHE_TYPE={name}"
+    """The KV cache's type for OLLAMA_KV_CACHE_TYPE, and a note when it is not the one asked for. fp8 is not everywhere: see
+    `Model.held_by`."""
+    wanted, asked = _KV_NAMES.get(name.lower(), name.lower()), f"OLLAMA_KV_CACHE_TYPE={name}"
     if precise:
         return "f32", [f"{asked}: a precise model has a KV cache of f32"] if name and wanted != "f32" else []
     chosen = next((kind for kind in KV_BLOCKS if kind == wanted), None)
@@ -147,7 +155,7 @@ def _gpu_places(devices: Devices, settings: Settings, options: RunnerOptions) ->
         raise EngineError(f"OLLAMAPY_DEVICE={settings.device}: there is no such GPU (found: {names})")
     if wants_cpu(devices, settings, options):
         return []
-    places = [Place(f"cuda:{gpu.index}", max(0, gpu.free - settings.gpu_overhead - GPU_RESERVE)) for gpu in gpus]
+    places = [Place(f"cuda:{gpu.index}", max(0, gpu.free - settings.gpu_overhead - GPU_RESERVE), gpu.fp8) for gpu in gpus]
     return sorted(places, key=lambda place: -place.free)
 
 
@@ -156,7 +164,7 @@ def _must_be_gpu(settings: Settings) -> bool:
 
 
 def _does_not_fit(model: Model, place: Place, context: int) -> DoesNotFit:
-    need = model.need(place, context)
+    need = model.held_by([place])[0].need(place, context)
     kind = "system" if place.kind == "cpu" else "GPU"
     return DoesNotFit(
         f"model requires more {kind} memory ({_size(need)} with a context of {context} tokens) than is available "

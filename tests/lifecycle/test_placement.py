@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_cpu_plan() -> None:
     assert placed.total_bytes < 10 * GIB
 
 
-@pytest.mark.parametrize(("kind", "per_token"), [("f16", 131072), ("q8_0", 69632), ("f32", 262144)])
+@pytest.mark.parametrize(("kind", "per_token"), [("f16", 131072), ("q8_0", 69632), ("f32", 262144), ("fp8", 65536)])
 def test_a_gpu_plan_leaves_the_number_of_blocks_open(kind: str, per_token: int) -> None:
     """The engine measures: between one context and as many as are wanted, beside what the user wants left free."""
     settings = {"kv_cache_type": kind, "gpu_overhead": 2 * GIB, "flash_attention": "0"}  # accepted: there is only one attention
@@ -126,6 +127,7 @@ def test_a_draft_model_takes_its_share() -> None:
         (9, {"kv_cache_type": "BF16"}, 3, 0),
         (9, {"kv_cache_type": "q8_0"}, 6, 0),
         (9, {"kv_cache_type": "q4_0"}, 3, 1),
+        (9, {"kv_cache_type": "fp8_e5m2"}, 3, 1),
         (9, {"precise": True}, 1, 0),
         (9, {"precise": True, "kv_cache_type": "q8_0"}, 1, 1),
     ],
@@ -303,6 +305,36 @@ def test_q8_0_takes_whole_blocks_of_32() -> None:
     placed = plan(odd, sizes(0, 0, 2), cpu(9), Settings(kv_cache_type="q8_0"), RunnerOptions())
     assert placed.plan.kv_dtype == "f16"
     assert placed.notes == ("OLLAMA_KV_CACHE_TYPE=q8_0: heads of 80 are not whole blocks of 32: the KV cache is f16",)
+
+
+def test_fp8_is_for_gpus_that_have_it() -> None:
+    """By both of vLLM's names; elsewhere f16, which a note says. A model whose layers are partly on the CPU has one type."""
+
+    def placed(name: str, capability: tuple[int, int], devices: Devices) -> Placement:
+        cards = tuple(replace(gpu, name=name, capability=capability) for gpu in devices.gpus)
+        return place(replace(devices, gpus=cards), kv_cache_type="fp8_e4m3")
+
+    room, tight = gpus((24, 23)), gpus((8, 4))
+    made = placed("L4", (8, 9), room)
+    assert (made.plan.kv_dtype, made.notes) == ("fp8", ())
+    assert made.plan.kv_dtype == place(room, kv_cache_type="FP8").plan.kv_dtype
+    assert made.kv_bytes == made.plan.num_blocks * 16 * 65536
+    why = "has no fp8, NVIDIA's GPUs from compute capability 8.9 on do: the KV cache is f16"
+    for name, capability, devices, first in (
+        ("A100", (8, 0), room, "cuda:0"),
+        ("AMD gfx942", (9, 4), room, "cuda:0"),
+        ("H100", (9, 0), tight, "cpu"),
+        ("none", (0, 0), cpu(32), "cpu"),
+    ):
+        made = placed(name, capability, devices)
+        assert made.plan.kv_dtype == "f16" and f"OLLAMA_KV_CACHE_TYPE=fp8_e4m3: {first} {why}" in made.notes, name
+        assert made.kv_bytes == made.plan.num_blocks * 16 * 131072
+    assert len(placed("H100", (9, 0), tight).plan.spans) == 2
+    with pytest.raises(DoesNotFit) as fp8:
+        place(cpu(5.5), kv_cache_type="fp8")
+    with pytest.raises(DoesNotFit) as f16:
+        place(cpu(5.5))
+    assert str(fp8.value) == str(f16.value), "what it would take as it would be"
 
 
 def test_precise_is_the_request_s_choice_before_the_environment_s() -> None:
