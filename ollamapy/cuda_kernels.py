@@ -74,29 +74,21 @@ def quantize(x: Tensor, up: Tensor | None = None, kind: Activation = "silu") -> 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, post: Tensor | None = None) -> Int8Rows | None:
     """x (n, E) float32 += delta, or += the RMSNorm of delta by `post`, in place; the RMSNorm of the sum as int8."""
     made = None if weight is None else Int8Rows.empty(x.shape[0], x.shape[1], x.device)
-    kernels().norm(x, delta, post, weight, eps, None, made and made.q, made and made.meta)
+    kernels().norm(x, delta, post, weight, eps, made and made.q, made and made.meta)
     return made
 
 
-def matmul(
-    x: Int8Rows,
-    weights: Sequence[Planes],
-    outs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    add: bool = False,
-    path: int = -1,
-) -> None:
-    """x W^T + bias into each of `outs` (n, N), or onto it: one launch for up to three matrices of one type.
+def matmul(x: Int8Rows, weight: Planes, out: Tensor, bias: Tensor | None = None, add: bool = False, path: int = -1) -> None:
+    """x W^T + bias into `out` (n, N), or onto it.
 
     `path`: MATVEC or MMA; by the number of rows when not given. Either gives the same bits.
     """
     device = x.q.device
     absent = torch.empty(0, device=device)
-    planes = [absent if p is None else p for w in weights for p in (w.low, w.high, w.scales, w.d, w.m)]
+    planes = [absent if p is None else p for p in (weight.low, weight.high, weight.scales, weight.d, weight.m)]
     if path < 0:
         path = MATVEC if x.rows <= matvec_rows(device) else MMA
-    vectors = [absent if bias is None else bias for bias in biases]
-    kernels().linear(x.q, x.meta, planes, int(weights[0].type), list(outs), vectors, add, path)
+    kernels().linear(x.q, x.meta, planes, int(weight.type), out, bias, add, path)
 
 
 def matvec_rows(device: torch.device) -> int:
@@ -118,7 +110,7 @@ def linear(x: Tensor, weight: Planes, bias: Tensor | None = None) -> Tensor:
         return decoded
     out = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype, device=x.device)
     if x.shape[0]:
-        matmul(quantize(x), [weight], [out], [bias])
+        matmul(quantize(x), weight, out, bias)
     return out
 
 
@@ -142,7 +134,7 @@ class Int8:
         if not takes(weight):
             through: Tensor = self._floats.project(rows, weight, out, bias, add)
             return through
-        matmul(rows if isinstance(rows, Int8Rows) else quantize(rows), [weight], [out], [bias], add)
+        matmul(rows if isinstance(rows, Int8Rows) else quantize(rows), weight, out, bias, add)
         return out
 
     def gated(
@@ -154,7 +146,7 @@ class Int8:
         both = torch.empty(made.rows, 2 * down.shape[-1], dtype=dtype, device=made.q.device)
         outs = [both] if len(weights) == 1 else list(both.chunk(2, dim=1))
         for weight, out in zip(weights, outs, strict=True):
-            matmul(made, [weight], [out], [None])
+            matmul(made, weight, out)
         gate, up = both.chunk(2, dim=1)
         return quantize(gate, up, kind)
 

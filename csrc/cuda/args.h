@@ -15,19 +15,6 @@ struct Planes {
 
 enum class Type : int { kFloat = 0, kHalf = 1, kBfloat = 2 };
 
-// One matrix of a launch and where its products go.
-struct Part {
-  Planes planes;
-  const float* bias;  // (rows,) or null
-  void* out;          // (tokens, rows) of `type`, `stride` elements from one token to the next
-  int64_t stride;
-  int rows;
-  int add;  // products are added to what `out` holds
-  Type type;
-};
-
-constexpr int kMaxParts = 3;  // q, k and v
-
 // Activations as int8: q (groups, tokens, 32) with the words of a group in the order 0 4 1 5 2 6 3 7 (word: four consecutive k), so
 // that the two words that a thread of an mma wants are neighbours; meta (groups, tokens): scale, and the sums of both halves.
 struct Meta {
@@ -40,11 +27,16 @@ struct Activations {
   int tokens;
 };
 
+// A matrix, the activations, and where their products go.
 struct LinearArgs {
-  Part parts[kMaxParts];
-  int count;
-  int groups;
+  Planes planes;
   Activations x;
+  const float* bias;  // (rows,) or null
+  void* out;          // (tokens, rows) of `type`, `stride` elements from one token to the next
+  int64_t stride;
+  int rows, groups;
+  int add;  // products are added to what `out` holds
+  Type type;
 };
 
 enum class Path : int { kMatvec = 0, kMma = 1 };
@@ -54,8 +46,7 @@ struct NormArgs {
   const float* delta;  // added to x first, in place; or null
   const float* post;   // delta is normed by it before; or null
   const float* weight;  // null: the sum alone is wanted
-  float* out;   // normed values, or null
-  uint8_t* q;   // and as int8, or null
+  uint8_t* q;           // the normed values as int8
   Meta* meta;
   int tokens, width;
   float eps;

@@ -83,35 +83,33 @@ void check_activations(const char* op, const Tensor& q, const Tensor& meta, int6
   check_place(op, "meta", meta, q);
 }
 
-Planes planes_of(const std::vector<Tensor>& planes, size_t part, const Tensor& like) {
-  for (size_t i = 5 * part; i < 5 * part + 5; i++) {
-    if (!planes[i].numel()) continue;
-    check_place("linear", "a plane", planes[i], like);
-    STD_TORCH_CHECK(planes[i].is_contiguous(), "linear: a plane is not contiguous");
+Planes planes_of(const std::vector<Tensor>& planes, const Tensor& like) {
+  STD_TORCH_CHECK(planes.size() == 5, "linear: a matrix has five planes, not ", planes.size());
+  for (const Tensor& plane : planes) {
+    if (!plane.numel()) continue;
+    check_place("linear", "a plane", plane, like);
+    STD_TORCH_CHECK(plane.is_contiguous(), "linear: a plane is not contiguous");
   }
-  const auto at = [&](int i) { return data<const uint8_t>(planes[5 * part + i]); };
+  const auto at = [&](int i) { return data<const uint8_t>(planes[i]); };
   return {at(0), at(1), at(2), at(3), at(4)};
 }
 
-// planes: five of each matrix (empty: the type has none); outs (tokens, rows); biases (rows,) float32 or empty.
-void linear(Tensor q, Tensor meta, std::vector<Tensor> planes, int64_t type, std::vector<Tensor> outs, std::vector<Tensor> biases, bool add, int64_t path) {
-  const size_t count = outs.size();
-  STD_TORCH_CHECK(count > 0 && count <= size_t(kMaxParts) && planes.size() == 5 * count && biases.size() == count, "linear: lists of different lengths, or more than ", kMaxParts, " matrices");
+// planes: those that the type lacks are empty; out (tokens, rows); bias (rows,) float32.
+void linear(Tensor q, Tensor meta, std::vector<Tensor> planes, int64_t type, Tensor out, std::optional<Tensor> bias, bool add, int64_t path) {
   LinearArgs args = {};
-  args.count = int(count), args.groups = int(q.size(0));
-  args.x = {data<const uint8_t>(q), data<const Meta>(meta), int(outs[0].size(0))};
+  args.planes = planes_of(planes, q);
+  STD_TORCH_CHECK(out.dim() == 2 && planes[0].size(0) == out.size(1), "linear: a matrix of ", planes[0].size(0), " rows for an out of another width");
+  args.groups = int(q.size(0)), args.rows = int(out.size(1));
+  args.x = {data<const uint8_t>(q), data<const Meta>(meta), int(out.size(0))};
   check_activations("linear", q, meta, args.x.tokens, args.groups);
-  for (size_t i = 0; i < count; i++) {
-    Part& part = args.parts[i];
-    part.planes = planes_of(planes, i, q);
-    part.rows = int(outs[i].size(1));
-    check_rows("linear", "out", outs[i], args.x.tokens, part.rows);
-    check_place("linear", "out", outs[i], q);
-    STD_TORCH_CHECK(planes[5 * i].size(0) == part.rows, "linear: a matrix of ", planes[5 * i].size(0), " rows for ", part.rows, " columns of out");
-    part.type = type_of("linear", "out", outs[i]);
-    part.out = outs[i].data_ptr(), part.stride = outs[i].stride(0), part.add = add;
-    if (biases[i].numel()) check_vector("linear", "bias", biases[i], ScalarType::Float, part.rows);
-    part.bias = data<const float>(biases[i]);
+  check_rows("linear", "out", out, args.x.tokens, args.rows);
+  check_place("linear", "out", out, q);
+  args.type = type_of("linear", "out", out);
+  args.out = out.data_ptr(), args.stride = out.stride(0), args.add = add;
+  if (bias) {
+    check_vector("linear", "bias", *bias, ScalarType::Float, args.rows);
+    check_place("linear", "bias", *bias, q);
+    args.bias = data<const float>(*bias);
   }
   if (!args.x.tokens) return;
   const Launch launch(q);
@@ -148,13 +146,13 @@ void quantize(Tensor x, std::optional<Tensor> up, bool gelu, Tensor q, Tensor me
   check_launch("quantize", ollamapy_gated(&args, launch.stream()));
 }
 
-// x (tokens, width) float32 += delta, or += RMSNorm(delta) * post; RMSNorm(x) * weight to out (float32) and to int8, where given.
-void norm(Tensor x, std::optional<Tensor> delta, std::optional<Tensor> post, std::optional<Tensor> weight, double eps, std::optional<Tensor> out, std::optional<Tensor> q, std::optional<Tensor> meta) {
+// x (tokens, width) float32 += delta, or += RMSNorm(delta) * post; with weight, RMSNorm(x) * weight to int8.
+void norm(Tensor x, std::optional<Tensor> delta, std::optional<Tensor> post, std::optional<Tensor> weight, double eps, std::optional<Tensor> q, std::optional<Tensor> meta) {
   check_type("norm", "x", x, ScalarType::Float, 2);
   const int64_t tokens = x.size(0), width = x.size(1);
   STD_TORCH_CHECK(x.is_contiguous() && width % 32 == 0, "norm: x is not a contiguous (tokens, a multiple of 32)");
   STD_TORCH_CHECK(!post || delta, "norm: post without delta");
-  STD_TORCH_CHECK(bool(weight) == (out || q), "norm: weight goes with out, or q, or both");
+  STD_TORCH_CHECK(bool(weight) == bool(q) && bool(q) == bool(meta), "norm: weight, q and meta go together");
   NormArgs args = {};
   if (weight) {
     check_vector("norm", "weight", *weight, ScalarType::Float, width);
@@ -166,21 +164,20 @@ void norm(Tensor x, std::optional<Tensor> delta, std::optional<Tensor> post, std
     check_place("norm", "post", *post, x);
     args.post = data<const float>(*post);
   }
-  for (const auto& [name, other, place] : {std::tuple{"delta", delta, const_cast<float**>(&args.delta)}, std::tuple{"out", out, &args.out}}) {
-    if (!other) continue;
-    check_type("norm", name, *other, ScalarType::Float, 2);
-    STD_TORCH_CHECK(other->is_contiguous() && other->size(0) == tokens && other->size(1) == width, "norm: ", name, " is not shaped as x");
-    *place = data<float>(*other);
+  if (delta) {
+    check_type("norm", "delta", *delta, ScalarType::Float, 2);
+    check_place("norm", "delta", *delta, x);
+    STD_TORCH_CHECK(delta->is_contiguous() && delta->size(0) == tokens && delta->size(1) == width, "norm: delta is not shaped as x");
+    args.delta = data<const float>(*delta);
   }
-  STD_TORCH_CHECK(bool(q) == bool(meta), "norm: q and meta go together");
   if (q) {
     check_activations("norm", *q, *meta, tokens, width / 32);
+    check_place("norm", "q", *q, x);
     args.q = data<uint8_t>(*q), args.meta = data<Meta>(*meta);
   }
   args.x = data<float>(x), args.eps = float(eps);
   args.tokens = int(tokens), args.width = int(width);
-  for (const void* p : {static_cast<const void*>(args.x), static_cast<const void*>(args.delta), static_cast<const void*>(args.post), static_cast<const void*>(args.out),
-                        static_cast<const void*>(args.weight)})
+  for (const void* p : {static_cast<const void*>(args.x), static_cast<const void*>(args.delta), static_cast<const void*>(args.post), static_cast<const void*>(args.weight)})
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "norm: rows are not aligned to 16 bytes");
   if (!x.numel()) return;
   const Launch launch(x);
@@ -231,12 +228,12 @@ std::string forms() {
 STABLE_TORCH_LIBRARY(ollamapy_cuda, m) {
   // The quantization types that `linear` takes, separated by blanks.
   m.def("forms() -> str");
-  // Int8 activations (see csrc/cuda/args.h) times matrices in planes, all of one type, into or onto outs. path: 0 matvec, 1 mma.
-  m.def("linear(Tensor q, Tensor meta, Tensor[] planes, int type, Tensor(a!)[] outs, Tensor[] biases, bool add, int path) -> ()");
+  // Int8 activations (see csrc/cuda/args.h) times a matrix in planes, into or onto out. path: 0 matvec, 1 mma.
+  m.def("linear(Tensor q, Tensor meta, Tensor[] planes, int type, Tensor(a!) out, Tensor? bias, bool add, int path) -> ()");
   // x, or act(x) * up, to int8 activations.
   m.def("quantize(Tensor x, Tensor? up, bool gelu, Tensor(a!) q, Tensor(b!) meta) -> ()");
-  // x += delta, or its RMSNorm by post; RMSNorm of x by weight to out, and to int8.
-  m.def("norm(Tensor(a!) x, Tensor? delta, Tensor? post, Tensor? weight, float eps, Tensor(b!)? out, Tensor(c!)? q, Tensor(d!)? meta) -> ()");
+  // x += delta, or its RMSNorm by post; RMSNorm of x by weight to int8.
+  m.def("norm(Tensor(a!) x, Tensor? delta, Tensor? post, Tensor? weight, float eps, Tensor(b!)? q, Tensor(c!)? meta) -> ()");
   // Heads of qkv normed and turned; q to out, k and v to their slots. vectors: q_norm, k_norm, temperature; empty where absent.
   m.def("rope(Tensor qkv, Tensor turns, Tensor positions, Tensor slots, Tensor[] vectors, bool interleaved, float eps, Tensor(a!) out, "
         "Tensor(b!) key, Tensor(c!) value) -> ()");

@@ -53,7 +53,7 @@ __device__ __forceinline__ float4 scaled(const float4& v, float by, const float*
   return make_float4(v.x * by * w.x, v.y * by * w.y, v.z * by * w.z, v.w * by * w.w);
 }
 
-// One block a token: x += delta, or its RMSNorm by `post`; out = x / sqrt(mean(x^2) + eps) * weight, as floats, as int8, or both.
+// One block a token: x += delta, or its RMSNorm by `post`; x / sqrt(mean(x^2) + eps) * weight as int8.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const NormArgs args) {
   __shared__ float parts[2][kThreads / 32];
   const int token = blockIdx.x;
@@ -83,18 +83,15 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const NormArgs args) {
     const int i = first + threadIdx.x * 4;
     const bool live = i < args.width;
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (live) {
-      v = scaled(*reinterpret_cast<const float4*>(x + i), scale, args.weight + i);  // of x, what this very thread has written
-      if (args.out) *reinterpret_cast<float4*>(args.out + int64_t(token) * args.width + i) = v;
-    }
-    if (args.q) quantize_group(v, args.q, args.meta, i / 32, token, args.tokens, live);
+    if (live) v = scaled(*reinterpret_cast<const float4*>(x + i), scale, args.weight + i);  // of x, what this very thread has written
+    quantize_group(v, args.q, args.meta, i / 32, token, args.tokens, live);
   }
 }
 
 }  // namespace
 }  // namespace ollamapy::cuda
 
-// width % 4 == 0, and % 32 == 0 where q is wanted. 0, or a CUDA error code.
+// width % 32 == 0. 0, or a CUDA error code.
 extern "C" int ollamapy_norm(const ollamapy::cuda::NormArgs* args, void* stream) {
   using namespace ollamapy::cuda;
   CUDA_LAUNCH(norm_kernel, args->tokens, kThreads, 0, stream, *args);

@@ -181,11 +181,11 @@ __device__ __forceinline__ void add_group(float& sum, const GroupScale& w, const
 }
 
 // An output's sum to its place.
-__device__ __forceinline__ void finish(const Part& part, int token, int row, float sum) {
-  const int64_t at = token * part.stride + row;
-  if (part.bias) sum += part.bias[row];
-  if (part.add) sum += ptx::load_float(part.out, at, part.type);
-  ptx::store_float(part.out, at, sum, part.type);
+__device__ __forceinline__ void finish(const LinearArgs& args, int token, int row, float sum) {
+  const int64_t at = token * args.stride + row;
+  if (args.bias) sum += args.bias[row];
+  if (args.add) sum += ptx::load_float(args.out, at, args.type);
+  ptx::store_float(args.out, at, sum, args.type);
 }
 
 }  // namespace ollamapy::cuda

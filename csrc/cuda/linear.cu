@@ -5,11 +5,7 @@
 namespace ollamapy::cuda {
 namespace {
 
-int blocks(const LinearArgs& args, int rows_of_block) {
-  int count = 0;
-  for (int i = 0; i < args.count; i++) count += (args.parts[i].rows + rows_of_block - 1) / rows_of_block;
-  return count;
-}
+int blocks(const LinearArgs& args, int rows_of_block) { return (args.rows + rows_of_block - 1) / rows_of_block; }
 
 // Bytes in flight are what counts for few tokens, and reuse of the activations for more.
 template <class F, int TOKENS>

@@ -74,16 +74,10 @@ __device__ __forceinline__ void add_pair(float (&sums)[TOKENS], const PairCodes<
   }
 }
 
-// TOKENS >= x.tokens; ROWS rows for each eight lanes, kRowLanes apart. grid: the blocks of every part, one after the other.
+// TOKENS >= x.tokens; ROWS rows for each eight lanes, kRowLanes apart. grid: blocks of rows.
 template <class F, int TOKENS, int ROWS, int UNROLL>
 __global__ void __launch_bounds__(kMatvecThreads, 1) matvec_kernel(const LinearArgs args) {
-  int block = blockIdx.x, which = 0;
-  while (block >= (args.parts[which].rows + kRowLanes * ROWS - 1) / (kRowLanes * ROWS)) {
-    block -= (args.parts[which].rows + kRowLanes * ROWS - 1) / (kRowLanes * ROWS);
-    which++;
-  }
-  const Part& part = args.parts[which];
-  const int lane = threadIdx.x % 8, first_row = block * kRowLanes * ROWS + threadIdx.x / 8;
+  const int lane = threadIdx.x % 8, first_row = blockIdx.x * kRowLanes * ROWS + threadIdx.x / 8;
   const int groups = args.groups, pairs = (groups + 1) / 2;
   const auto near = [&](int pair) { return min(pair, pairs - 1); };
 
@@ -94,7 +88,7 @@ __global__ void __launch_bounds__(kMatvecThreads, 1) matvec_kernel(const LinearA
     for (int i = 0; i < UNROLL; i++)
 #pragma unroll
       for (int r = 0; r < ROWS; r++)
-        load_pair<F>(to[i][r], part.planes, min(first_row + kRowLanes * r, part.rows - 1), near(pair + 8 * i), groups);
+        load_pair<F>(to[i][r], args.planes, min(first_row + kRowLanes * r, args.rows - 1), near(pair + 8 * i), groups);
   };
   const auto add = [&](const PairCodes<F>(&from)[UNROLL][ROWS], int pair) {
 #pragma unroll
@@ -120,7 +114,7 @@ __global__ void __launch_bounds__(kMatvecThreads, 1) matvec_kernel(const LinearA
       sum += __shfl_xor_sync(~0u, sum, 2);
       sum += __shfl_xor_sync(~0u, sum, 1);
       const int row = first_row + kRowLanes * r;
-      if (lane == token % 8 && row < part.rows && token < args.x.tokens) finish(part, token, row, sum);
+      if (lane == token % 8 && row < args.rows && token < args.x.tokens) finish(args, token, row, sum);
     }
 }
 

@@ -150,33 +150,30 @@ __device__ __forceinline__ void reduce_warps(float (&sums)[TILES][COLUMNS][4], f
   }
 }
 
-// grid: x the blocks of rows of every part, one after the other; y the blocks of tokens.
+// grid: x the blocks of rows; y the blocks of tokens.
 template <class F, int TILES, int COLUMNS>
 __global__ void __launch_bounds__(kMmaThreads, COLUMNS < (F::kTwo ? 4 : 8) ? 2 : 1) mma_kernel(const LinearArgs args) {
   using S = MmaShape<F, TILES, COLUMNS>;
   CUDA_SHARED(shared);
   GroupScale* scales = reinterpret_cast<GroupScale*>(shared + S::kStages * S::kStage);
-  int block = blockIdx.x, which = 0;
-  while (block >= (args.parts[which].rows + S::kRows - 1) / S::kRows) block -= (args.parts[which++].rows + S::kRows - 1) / S::kRows;
-  const Part& part = args.parts[which];
-  const int first_row = block * S::kRows, first_token = blockIdx.y * S::kTokens, groups = args.groups;
+  const int first_row = blockIdx.x * S::kRows, first_token = blockIdx.y * S::kTokens, groups = args.groups;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = (groups + kStep16 - 1) / kStep16;
   const auto stage = [&](int step) { return shared + step % S::kStages * S::kStage; };
   const auto copy = [&](int step) {
-    copy_step<F, TILES, COLUMNS>(stage(step), part.planes, first_row, part.rows, groups, step);
+    copy_step<F, TILES, COLUMNS>(stage(step), args.planes, first_row, args.rows, groups, step);
     ptx::copy_commit();  // also of nothing: groups of copies are counted
   };
 
   float sums[TILES][COLUMNS][4] = {};
   for (int step = 0; step < S::kStages - 1; step++) copy(step);
   StepScales<F, TILES> ahead;
-  ahead.load(part.planes, first_row, part.rows, groups, 0);
+  ahead.load(args.planes, first_row, args.rows, groups, 0);
   ahead.store(scales, groups, 0);
   for (int step = 0; step < steps; step++) {
     ptx::copy_wait<S::kStages - 2>();
     __syncthreads();  // this step's codes and scales are there, and nobody reads those of the step before
     copy(step + S::kStages - 1);
-    if (step + 1 < steps) ahead.load(part.planes, first_row, part.rows, groups, step + 1);
+    if (step + 1 < steps) ahead.load(args.planes, first_row, args.rows, groups, step + 1);
     for (int u = 0; u < 2; u++) {
       const int at = 2 * warp + u, group = step * kStep16 + at;
       if (group >= groups) break;
@@ -191,7 +188,7 @@ __global__ void __launch_bounds__(kMmaThreads, COLUMNS < (F::kTwo ? 4 : 8) ? 2 :
   for (int i = 0; i < TILES * COLUMNS * 4; i++) {
     const int row = first_row + i / 4 / COLUMNS * 16 + i % 4 / 2 * 8 + lane / 4;
     const int token = first_token + i / 4 % COLUMNS * 8 + 2 * (lane % 4) + i % 2;
-    if (row < part.rows && token < args.x.tokens) finish(part, token, row, sums[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4]);
+    if (row < args.rows && token < args.x.tokens) finish(args, token, row, sums[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4]);
   }
 }
 

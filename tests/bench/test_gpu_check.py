@@ -69,7 +69,7 @@ def test_a_step_that_does_not_end_leaves_what_it_found(tmp_path: Path, monkeypat
 
 def checks(tmp_path: Path, **commands: list[str]) -> gpu_steps.Report:
     report = gpu_steps.Report(tmp_path / "found.json")
-    gpu_steps.together(commands, dict(os.environ), 1.0, report)
+    gpu_steps.together(commands, dict(os.environ), dict.fromkeys(commands, 1.0), report)
     return report
 
 
@@ -87,6 +87,26 @@ def test_a_check_that_fails_fails_the_run(tmp_path: Path) -> None:
     report.row(matvec="8B Q4_K", cuda_failed="RuntimeError: the launch failed")
     with pytest.raises(SystemExit, match="8B Q4_K"):
         report.end()
+
+
+def test_a_tool_whose_time_is_up_has_not_finished(tmp_path: Path) -> None:
+    """Neither passed nor failed, within its own bound; what another tool found fails the run all the same."""
+    limits = {"racecheck": 2.0, "memcheck": 50.0}
+
+    def told(ending: str) -> gpu_steps.Report:
+        report = gpu_steps.Report(tmp_path / "found.json")
+        runs = {"racecheck": ["sh", "-c", "echo so far; sleep 60"], "memcheck": ["sh", "-c", f"sleep 2.2; echo said; {ending}"]}
+        gpu_steps.together(runs, dict(os.environ), limits, report, slow=True)
+        return report
+
+    report = told("exit 0")
+    report.end()
+    assert report.figures["rows"] == [
+        {"checks": "racecheck", "passed": None, "not_finished": "not finished within 2 s: so far"},
+        {"checks": "memcheck", "passed": True, "summary": "said"},
+    ]
+    with pytest.raises(SystemExit, match=r"not done: memcheck$"):
+        told("exit 1").end()
 
 
 def test_a_file_is_loaded_in_every_way(tmp_path: Path) -> None:

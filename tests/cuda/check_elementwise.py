@@ -55,13 +55,6 @@ def test_norm_of_a_branch(width: int, device: torch.device, schedule: str) -> No
             near_int8(values(rows), reference.rms_norm(stream.cpu(), weight, 1e-5))
 
 
-def test_norm_as_floats(device: torch.device, schedule: str) -> None:
-    x, weight = activations(2, 1056), torch.linspace(-1, 1, 1056)
-    out = torch.empty_like(x, device=device)
-    cuda_kernels.kernels().norm(x.clone().to(device), None, None, weight.to(device), 1e-6, out, None, None)
-    torch.testing.assert_close(out.cpu(), reference.rms_norm(x, weight, 1e-6), rtol=2e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 def test_gated_quantize(kind: reference.Activation, device: torch.device, schedule: str) -> None:
     both = activations(3, 2 * 1120)
