@@ -167,8 +167,8 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     Ours besides Ollama's: `draft_count` tokens were guessed ahead, of which `draft_accepted_count` came true; `truncated`
     says that the prompt was cut to fit the context, `prompt_tokens_total` how many tokens it had before;
-    `prompt_eval_cached_count`, of prompt_eval_count, those found in the prefix cache; `error` is the whole content of a last
-    line that reports a failure.
+    `prompt_eval_cached_count`, of prompt_eval_count, those found in the prefix cache; `warning` what came too late for
+    the header X-Ollamapy-Warning; `error` is the whole content of a last line that reports a failure.
     """
 
     model: str
@@ -188,6 +188,7 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     truncated: bool = False
     prompt_tokens_total: int = 0
     context_shifts: int = 0
+    warning: str = ""
     debug_info: DebugInfo | None = msgspec.field(name="_debug_info", default=None)
 
 

@@ -71,6 +71,8 @@ def show_answer(stream: Generator[GenerateResponse] | Generator[ChatResponse], v
         with closing(stream):
             with waiting():
                 reply = next(stream, None)
+                while reply is not None and not reply.done and not any(_pieces(reply)):  # it says only that it is alive
+                    reply = next(stream, None)
             while reply is not None:
                 view.feed(*_pieces(reply))
                 last, reply = reply, next(stream, None)

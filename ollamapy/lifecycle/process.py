@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 DIED = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
 MAX_BEHIND = 1 << 17  # tokens and logprob entries (5 MB, with logprobs 15) that a reader may be behind its generation
+LOAD_TIMED_OUT = "timed out waiting for the model to load"
 CLOSE_GRACE = 2.0  # seconds from Shutdown to SIGKILL
 T = TypeVar("T")
 _STATUS: dict[int, type[OllamapyError]] = {400: BadRequest, 404: NotFound, 501: NotSupported}
@@ -72,7 +73,8 @@ class EngineProcess(asyncio.Protocol):
         on_progress: Callable[[Loading], None] | None = None,
         load_timeout: float = math.inf,
     ) -> EngineProcess:
-        """Forks an engine and waits until it is ready. `load_timeout`: seconds without progress; <= 0 is no limit.
+        """Forks an engine and waits until it is ready. `load_timeout`: seconds without progress; <= 0 is no limit. A process
+        that does nothing at all is not waited for so long (`hang`).
 
         Raises EngineError, or the error that the engine reports. Cancelling it leaves no process behind.
         """
@@ -93,13 +95,20 @@ class EngineProcess(asyncio.Protocol):
         return engine
 
     async def _loaded(self, timeout: float) -> EngineInfo:
-        while True:
-            left = self._last_event + timeout - time.monotonic()
-            await asyncio.wait([self._ready], timeout=None if left == math.inf else max(0.0, left))
-            if self._ready.done():
-                return self._ready.result()
-            if time.monotonic() - self._last_event >= timeout:
-                raise EngineError(f"timed out waiting for the model to load: no progress for {timeout:g} s")
+        hung = asyncio.create_task(hang.until_hung(self.pid, lambda: self._last_event, lambda: True, loading=True))
+        try:
+            while True:
+                left = self._last_event + timeout - time.monotonic()
+                wait = None if left == math.inf else max(0.0, left)
+                await asyncio.wait([self._ready, hung], timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                if self._ready.done():
+                    return self._ready.result()
+                if hung.done():
+                    raise EngineError(f"{LOAD_TIMED_OUT}: its process did nothing for {hung.result():.0f} s and was ended")
+                if time.monotonic() - self._last_event >= timeout:
+                    raise EngineError(f"{LOAD_TIMED_OUT}: no progress for {timeout:g} s")
+        finally:
+            hung.cancel()
 
     @property
     def alive(self) -> bool:
@@ -274,3 +283,5 @@ class EngineProcess(asyncio.Protocol):
         silence = await hang.until_hung(self.pid, lambda: self._last_event, lambda: self.num_requests > 0)
         self._failure = EngineError, f"{DIED}: it did not answer for {silence:.0f} s and was ended"
         self.kill()
+        assert self._transport is not None
+        self._transport.abort()  # its requests are told at once: a driver that hangs in the kernel may keep it alive

@@ -20,7 +20,7 @@ from ollamapy.server.body import read
 from ollamapy.server.catalog import parse_name, require_name, services
 from ollamapy.server.choices import Once, check_choices, seed_of, side_by_side
 from ollamapy.server.inference import Prompts, Verbatim, chat_lines, fold_chat, fold_generate, generate_lines
-from ollamapy.server.stream import JSON, SSE, collected, streamed, warning_header
+from ollamapy.server.stream import JSON, SSE, Streamed, collected, warning_header
 from ollamapy.store.library import ModelSummary
 
 AnyRequest = TypeVar("AnyRequest", ChatRequest, GenerateRequest)
@@ -73,12 +73,12 @@ async def _answer(
     if len(starts) == 1:
         lines = starts[0]()
         if asked.stream:
-            return await streamed(lines, SSE(forms[0].feed), warnings)
+            return Streamed(lines, SSE(forms[0].feed), warnings)
         return JSON(forms[0].whole(fold(await collected(lines))), headers=warning_header(warnings))
     choices = Choices(forms, asked.n)
     told = side_by_side(starts)
     if asked.stream:
-        return await streamed(told, SSE(choices.feed), warnings)
+        return Streamed(told, SSE(choices.feed), warnings)
     parts: list[list[Any]] = [[] for _ in starts]
     async for index, line in told:
         parts[index].append(line)

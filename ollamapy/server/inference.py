@@ -26,7 +26,7 @@ from ollamapy.server.body import read
 from ollamapy.server.catalog import Services, require_name, services
 from ollamapy.server.choices import Once
 from ollamapy.server.prompt import Prompt, Room, chat_prompt, conversation, ids_prompt, text_prompt
-from ollamapy.server.stream import JSON, NDJSON, collected, streamed, warning_header
+from ollamapy.server.stream import JSON, NDJSON, Streamed, collected, warning_header
 from ollamapy.server.tools import tool_use
 from ollamapy.server.turn import Turn, run, timestamp
 from ollamapy.store.library import LocalModel
@@ -42,7 +42,8 @@ async def generate(request: Request) -> Response:
     warnings: list[str] = []
     lines = generate_lines(services(request), asked, warnings)
     if asked.stream:
-        return await streamed(lines, NDJSON(), warnings, single=lambda line: line.done)
+        wire = NDJSON(lambda: GenerateResponse(model=asked.model, created_at=timestamp(), done=False, response=""))
+        return Streamed(lines, wire, warnings, single=lambda line: line.done)
     return JSON(fold_generate(await collected(lines)), headers=warning_header(warnings))
 
 
@@ -51,7 +52,9 @@ async def chat(request: Request) -> Response:
     warnings: list[str] = []
     lines = chat_lines(services(request), asked, warnings)
     if asked.stream:
-        return await streamed(lines, NDJSON(), warnings, single=lambda line: line.done)
+        nothing = AnswerMessage(role="assistant", content="")
+        wire = NDJSON(lambda: ChatResponse(model=asked.model, created_at=timestamp(), done=False, message=nothing))
+        return Streamed(lines, wire, warnings, single=lambda line: line.done)
     return JSON(fold_chat(await collected(lines)), headers=warning_header(warnings))
 
 

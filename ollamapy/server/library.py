@@ -30,7 +30,7 @@ from ollamapy.lifecycle.resident import Running
 from ollamapy.names import ModelName
 from ollamapy.server.body import chunks, declared_length, read
 from ollamapy.server.catalog import details, parse_name, read_model_info, require_name, services, shown_template
-from ollamapy.server.stream import JSON, NDJSON, collected, streamed
+from ollamapy.server.stream import JSON, NDJSON, Streamed, collected
 from ollamapy.store.digest import Digest
 from ollamapy.store.library import LocalModel, ModelSummary
 
@@ -100,7 +100,7 @@ async def create_model(request: Request) -> Response:
     library = services(request).library
     lines = in_thread(lambda report: create.create_model(asked, library, report))
     if asked.stream:
-        return await streamed(lines, NDJSON())
+        return Streamed(lines, NDJSON())
     return JSON((await collected(lines))[-1])
 
 

@@ -135,6 +135,7 @@ class Recorded:
                 headers[REQUEST_ID_HEADER] = record.id
                 if record.queue_position >= 0:
                     headers[QUEUE_POSITION_HEADER] = str(record.queue_position)
+                if record.queue_ns:  # or it still waits
                     headers[QUEUE_TIME_HEADER] = f"{record.queue_ns / 1e6:.1f}"
             return send(message)
 

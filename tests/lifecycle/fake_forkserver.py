@@ -6,10 +6,14 @@ Each generation yields tokens 1, 2, 3, ... of which `Faults.step_seconds` is the
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import os
+import platform
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,6 +43,7 @@ class Faults(msgspec.Struct):
 
     trace: str = ""
     load_seconds: float = 0.0  # with progress every 50 ms
+    silent_load: str = ""  # of SILENT: without any progress, for `load_seconds` or until a lock is free
     hang_at_load: bool = False
     die_at_load: bool = False
     die_at_load_until: str = ""  # while this file exists
@@ -132,6 +137,36 @@ class FakeEngine:
                 file.write(line + "\n")
 
 
+def wait_for_a_disk(seconds: float, path: Path) -> None:
+    """In state D of proc_pid_stat(5), where the kernel has a parent wait for the child of vfork."""
+    number = {"x86_64": 56, "aarch64": 220}[platform.machine()]  # clone
+    vfork = 0x4000  # CLONE_VFORK of linux/sched.h: the child has memory of its own
+    if ctypes.PyDLL(None).syscall(number, vfork | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+        time.sleep(seconds)
+        os._exit(0)
+    os.wait()
+
+
+def read_slowly(seconds: float, path: Path) -> None:
+    end = time.monotonic() + seconds
+    with path.open("rb", buffering=0) as file:
+        while time.monotonic() < end and file.read(1):
+            time.sleep(0.05)
+
+
+def wait_for_a_compiler(seconds: float, path: Path) -> None:
+    code = f"import time\nwhile time.process_time() < {seconds}: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def wait_for_a_lock(seconds: float, path: Path) -> None:
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+SILENT = {"disk": wait_for_a_disk, "reading": read_slowly, "compiler": wait_for_a_compiler, "lock": wait_for_a_lock}
+
+
 def build(plan: Plan, progress: Progress, sock: socket.socket) -> FakeEngine:
     faults = read_faults(Path(plan.model_path))
     engine = FakeEngine(plan, faults, sock)
@@ -144,6 +179,9 @@ def build(plan: Plan, progress: Progress, sock: socket.socket) -> FakeEngine:
         raise UnsupportedModel(faults.raise_at_load)
     if faults.memory_error_at_load:
         raise MemoryError
+    if faults.silent_load:
+        SILENT[faults.silent_load](faults.load_seconds, Path(plan.model_path))
+        return engine
     end = time.monotonic() + faults.load_seconds
     while (left := end - time.monotonic()) > 0:
         progress("loading", int((1 - left / faults.load_seconds) * 100), 100)

@@ -23,12 +23,12 @@ from ollamapy.engine.protocol import SamplingParams
 from ollamapy.errors import EngineError
 from ollamapy.lifecycle import hang
 from ollamapy.lifecycle.devices import Devices
-from ollamapy.lifecycle.process import DIED
+from ollamapy.lifecycle.process import DIED, LOAD_TIMED_OUT
 from ollamapy.lifecycle.residents import Residents
 from ollamapy.lifecycle.spawner import COMMAND
 from ollamapy.names import ModelName
 from tests.lifecycle.fakes import FakeModel, descendants, fake_model
-from tests.lifecycle.running import with_residents
+from tests.lifecycle.running import with_residents, within
 from tests.scripted import write_scripted
 
 OPTIONS = {"num_ctx": 2048}
@@ -55,12 +55,16 @@ async def outcome(residents: Residents, model: FakeModel, tokens: int, whole: li
     return WHOLE
 
 
+def engines(residents: Residents) -> set[int]:
+    return descendants(residents._spawner.pid or 0)
+
+
 @asynccontextmanager
 async def beside(residents: Residents, model: FakeModel) -> AsyncIterator[int]:
     """Answers of another model, one after the other, each of which must be as the first; gives its engine's pid."""
     residents._breaker.record = lambda key, reason: None  # type: ignore[method-assign]
     expected, ended, answers = await answer(residents, model, 100), False, 0
-    (pid,) = descendants(residents._spawner.pid or 0)
+    (pid,) = engines(residents)
 
     async def go_on() -> None:
         nonlocal answers
@@ -73,7 +77,7 @@ async def beside(residents: Residents, model: FakeModel) -> AsyncIterator[int]:
     yield pid
     ended = True
     await task
-    assert answers > 0 and descendants(residents._spawner.pid or 0) >= {pid}
+    assert answers > 0 and engines(residents) >= {pid}
 
 
 def real_model(folder: Path, name: str) -> FakeModel:
@@ -106,22 +110,59 @@ def test_real_engines_stopped_at_random_moments(tmp_path: Path, monkeypatch: pyt
                 lengths = [(rng.randrange(1, 600), rng.choice([3, 1000])) for _ in range(4)]
                 tasks = [asyncio.create_task(outcome(residents, model, n, whole, prompt)) for n, prompt in lengths]
                 await asyncio.sleep(rng.random() * 0.6)
-                engines = descendants(residents._spawner.pid or 0) - {pid}
-                for each in engines:
+                stopped = engines(residents) - {pid}
+                for each in stopped:
                     os.kill(each, signal.SIGSTOP)
-                stops, start = stops + len(engines), time.monotonic()
+                stops, start = stops + len(stopped), time.monotonic()
                 outcomes.update(await asyncio.wait_for(asyncio.gather(*tasks), 20))
                 waits.append(time.monotonic() - start)
-                if engines & descendants(residents._spawner.pid or 0):  # they had all been answered
+                if stopped & engines(residents):  # they had all been answered
                     outcomes[await outcome(residents, model, 5, whole)] += 1
                 assert await outcome(residents, model, 5, whole) == WHOLE
-                assert not engines & descendants(residents._spawner.pid or 0)
+                assert not stopped & engines(residents)
                 if rng.random() < 0.5:
                     await residents.unload(model)
 
-    with_residents(check, Devices.discover, COMMAND, seconds=1200, load_timeout=2.0)
+    with_residents(check, Devices.discover, COMMAND, seconds=1200)
     print(outcomes, f"the longest until all were told: {max(waits):.1f} s")
-    assert told(outcomes, "did not answer", "no progress for") > 60 and outcomes[WHOLE] > 10
+    assert told(outcomes, "did not answer", LOAD_TIMED_OUT) > 60 and outcomes[WHOLE] > 10
+
+
+@pytest.mark.parametrize("stops", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_real_engines_stopped_in_their_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2_path: Path, stops: int
+) -> None:
+    """All who wait for it are told why, long before a load without progress is given up, and the next one is served."""
+    monkeypatch.setattr(hang, "CHECK", 0.2)
+    monkeypatch.setattr(hang, "AFTER", 2.0)
+    model, other = FakeModel(ModelName.parse("smollm2"), "d", smollm2_path), real_model(tmp_path, "other")
+    rng, outcomes, waits = random.Random(7), Counter[str](), list[float]()
+
+    async def check(residents: Residents) -> None:
+        whole = await answer(residents, model, 6)
+        (row,) = residents.running()
+        async with beside(residents, other) as pid:
+            while len(waits) < stops:
+                await residents.unload(model)
+                tasks = [asyncio.create_task(outcome(residents, model, 6, whole)) for _ in range(3)]
+                await within(20, lambda: bool(engines(residents) - {pid}))
+                await asyncio.sleep(rng.random() * row.info.load_ns / 1e9)
+                (stopped,) = engines(residents) - {pid}
+                os.kill(stopped, signal.SIGSTOP)
+                start = time.monotonic()
+                ends = Counter(await asyncio.wait_for(asyncio.gather(*tasks), 30))
+                if any(text.startswith(LOAD_TIMED_OUT) for text in ends):
+                    waits.append(time.monotonic() - start)
+                    assert ends.total() == max(ends.values()), ends
+                elif stopped in engines(residents):  # they had all been answered
+                    await outcome(residents, model, 5, whole)
+                outcomes.update(ends)
+                assert await outcome(residents, model, 6, whole) == WHOLE, "of the engine after it"
+                assert stopped not in engines(residents)
+
+    with_residents(check, Devices.discover, COMMAND, seconds=280)
+    print(outcomes, f"until all were told: median {sorted(waits)[len(waits) // 2]:.1f} s, most {max(waits):.1f} s")
+    assert told(outcomes, "did not answer", LOAD_TIMED_OUT) >= 3 * stops
 
 
 @ROUNDS
@@ -192,7 +233,7 @@ def test_real_engines_without_more_memory(tmp_path: Path, smollm2_path: Path) ->
                 prompts = [rng.choice([5, 300]) for _ in range(3)]
                 tasks = [asyncio.create_task(outcome(residents, model, 6, expected[prompt], prompt)) for prompt in prompts]
                 await asyncio.sleep(rng.random() * rng.choice([0.2, 1.5]))
-                for each in descendants(residents._spawner.pid or 0) - {pid}:
+                for each in engines(residents) - {pid}:
                     process = psutil.Process(each)
                     most = process.memory_info().vms + rng.choice([-1 << 30, 0, 1 << 20, 1 << 24, 1 << 26])
                     process.rlimit(psutil.RLIMIT_AS, (most, resource.RLIM_INFINITY))

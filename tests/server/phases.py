@@ -91,8 +91,9 @@ class Phases:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("127.0.0.1", self.daemon.port))
         sock.sendall(request_bytes("POST", "/api/generate", LONG))
-        seen = 0
+        seen, deadline = 0, time.monotonic() + SLOW
         while not seen or unsent(sock) != seen:
+            assert time.monotonic() < deadline, f"{seen} bytes wait and the next is not there"
             seen = unsent(sock)
             time.sleep(0.05)
         return sock

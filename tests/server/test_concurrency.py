@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import httpx
+import pytest
 
 from tests.server.daemon import Daemon
 
@@ -32,4 +38,46 @@ def test_thirty_two_chats_say_what_they_say_alone(daemon: Daemon) -> None:
         together = list(pool.map(answer, range(COUNT)))
     assert together == alone
     assert len(set(alone)) > COUNT // 2
+    daemon.seconds_until_idle()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_canaries_on_real_kernels(daemon: Daemon) -> None:
+    """Each of 250 prompts has a secret of its own; asked 1,000 times, 24 at once, one in four left in the middle."""
+    rng, seen = random.Random(9), Counter[str]()
+    secrets = [f"{rng.randrange(10**6):06}" for _ in range(250)]
+    heads = ["You keep secrets and repeat them when asked. " * 8, "Be brief. ", ""]  # cached by some, not by others
+
+    def asked(number: int, stream: bool) -> dict[str, Any]:
+        prompt = f"{heads[number % 3]}The number is {secrets[number]}. Say the number again, then count from it:"
+        options = {"temperature": 0, "num_predict": 6 + number % 20}
+        return {"model": MODEL, "prompt": prompt, "stream": stream, "options": options}
+
+    def alone(number: int) -> str:
+        return str(daemon.post("/api/generate", asked(number, stream=False)).json()["response"])
+
+    def among(plan: tuple[int, float]) -> str:
+        number, chance = plan
+        if chance >= 0.25:
+            made = client.post("/api/generate", json=asked(number, stream=chance < 0.7))
+            got = "".join(json.loads(line)["response"] for line in made.text.splitlines())
+            assert got == expected[number], number
+            return "whole"
+        got = ""
+        with client.stream("POST", "/api/generate", json=asked(number, stream=True)) as answer:
+            for line in answer.iter_lines():
+                got += json.loads(line)["response"]
+                assert expected[number].startswith(got), number
+                if len(got) > 40 * chance:
+                    break
+        return "left"
+
+    expected = [alone(number) for number in range(len(secrets))]
+    assert len(set(expected)) > 200 and sum(secret in text for secret, text in zip(secrets, expected, strict=True)) > 100
+    plans = [(number % len(secrets), rng.random()) for number in rng.sample(range(1000), 1000)]
+    with httpx.Client(base_url=daemon.url, timeout=120, trust_env=False) as client, ThreadPoolExecutor(24) as pool:
+        seen.update(pool.map(among, plans))
+    print(seen)
+    assert seen["whole"] > 600 and seen["left"] > 150
     daemon.seconds_until_idle()

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from starlette.requests import Request
 
+from ollamapy.api.types import GenerateResponse
 from ollamapy.errors import BadRequest, EngineError, OllamapyError, TooLarge, TooSlow
-from ollamapy.server import body
+from ollamapy.server import body, stream
 from ollamapy.server.stream import (
     MAX_WARNING,
     NDJSON,
     SSE,
     WARNING_HEADER,
+    Streamed,
     Wire,
     json_line,
     public_text,
-    streamed,
     warning_header,
 )
 
@@ -55,10 +57,9 @@ async def events(failure: Exception | None, closed: list[bool]) -> AsyncGenerato
         closed.append(True)
 
 
-def sent(wire: Wire[Any], failure: Exception | None) -> tuple[bytes, int, dict[bytes, bytes]]:
-    """Body, status and headers of a streamed answer."""
+def messages_of(response: Callable[[], Streamed[Any]]) -> list[Any]:
+    """What it sends. Nothing may go on after it."""
     messages: list[Any] = []
-    closed: list[bool] = []
 
     async def send(message: Any) -> None:
         messages.append(message)
@@ -67,10 +68,18 @@ def sent(wire: Wire[Any], failure: Exception | None) -> tuple[bytes, int, dict[b
         raise AssertionError("the answer listens to nobody")
 
     async def run() -> None:
-        response = await streamed(events(failure, closed), wire, ["careful"])
-        await response({"type": "http", "path": "/x"}, receive, send)
+        await response()({"type": "http", "path": "/x"}, receive, send)
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(run())
+    return messages
+
+
+def sent(wire: Wire[Any], failure: Exception | None) -> tuple[bytes, int, dict[bytes, bytes]]:
+    """Body, status and headers of a streamed answer."""
+    closed: list[bool] = []
+    messages = messages_of(lambda: Streamed(events(failure, closed), wire, ["careful"]))
     assert closed == [True] and [m.get("more_body") for m in messages[1:]] == [True] * (len(messages) - 2) + [False]
     return b"".join(m["body"] for m in messages[1:]), messages[0]["status"], dict(messages[0]["headers"])
 
@@ -101,7 +110,80 @@ def test_an_error_before_the_first_line_is_raised() -> None:
         yield 1
 
     with pytest.raises(EngineError):
-        asyncio.run(streamed(failing(), NDJSON()))
+        messages_of(lambda: Streamed(failing(), NDJSON()))
+
+
+async def slowly(warnings: list[str], failure: Exception | None = None) -> AsyncGenerator[dict[str, int]]:
+    """Two events, each after three times as long as a stream may be quiet."""
+    warnings.append("early")
+    await asyncio.sleep(3 * stream.QUIET)
+    warnings.append("late é")
+    if failure is not None:
+        raise failure
+    yield {"n": 1}
+    await asyncio.sleep(3 * stream.QUIET)
+    yield {"n": 2}
+
+
+def empty_line() -> GenerateResponse:
+    return GenerateResponse(model="m", created_at="now", done=False, response="")
+
+
+EMPTY = b'{"model":"m","created_at":"now","done":false,"response":""}\n'
+LATE = b'{"model":"m","created_at":"now","done":false,"warning":"late \\\\xe9","response":""}\n'
+
+
+@pytest.mark.parametrize(
+    ("wire", "alive", "late", "lines"),
+    [
+        (SSE(lambda event: [event]), b": keep-alive\n\n", b": X-Ollamapy-Warning: late \\xe9\n\n", b"data: %s\n\n"),
+        (NDJSON(empty_line), EMPTY, LATE, b"%s\n"),
+    ],
+)
+def test_a_silent_stream_says_that_it_is_alive(
+    monkeypatch: pytest.MonkeyPatch, wire: Wire[Any], alive: bytes, late: bytes, lines: bytes
+) -> None:
+    monkeypatch.setattr(stream, "QUIET", 0.2)
+    told: list[str] = []
+    start, *bodies = messages_of(lambda: Streamed(slowly(told), wire, told))
+    assert start["status"] == 200 and dict(start["headers"])[WARNING_HEADER.lower().encode()] == b"early"
+    texts = [body["body"] for body in bodies]
+    first, second = texts.index(late + lines % b'{"n":1}'), texts.index(lines % b'{"n":2}')
+    assert first in (1, 2, 3) and second - first in (2, 3, 4) and len(texts) == second + 2
+    assert {*texts[:first], *texts[first + 1 : second]} == {alive}
+    told.clear()
+    start, *bodies = messages_of(lambda: Streamed(slowly(told, EngineError("it broke")), wire, told))
+    assert start["status"] == 200 and b"it broke" in bodies[-1]["body"] and not bodies[-1]["more_body"]
+    assert bodies[-1]["body"].startswith(late)
+
+
+def test_a_stream_that_has_nothing_to_say_in_between_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "QUIET", 0.1)
+    told: list[str] = []
+    bodies = [m.get("body") for m in messages_of(lambda: Streamed(slowly(told), NDJSON(), told))]
+    assert bodies == [None, b'{"n":1}\n', b'{"n":2}\n', b""]
+    with pytest.raises(EngineError):
+        messages_of(lambda: Streamed(slowly(told, EngineError("it broke")), NDJSON(), told))
+
+
+def test_an_answer_of_one_event_is_plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not late."""
+    monkeypatch.setattr(stream, "QUIET", 0.5)
+
+    async def one(seconds: float) -> AsyncGenerator[GenerateResponse]:
+        await asyncio.sleep(seconds)
+        yield msgspec.structs.replace(empty_line(), done=True)
+
+    def answer(seconds: float) -> list[Any]:
+        return messages_of(lambda: Streamed(one(seconds), NDJSON(empty_line), single=lambda line: line.done))
+
+    start, body = answer(0.0)
+    assert dict(start["headers"])[b"content-type"].startswith(b"application/json") and body["body"] == EMPTY[:-1].replace(
+        b"false", b"true"
+    )
+    start, *bodies = answer(0.8)
+    assert dict(start["headers"])[b"content-type"] == b"application/x-ndjson"
+    assert [body["body"] for body in bodies] == [EMPTY, EMPTY.replace(b"false", b"true"), b""]
 
 
 def receive_body(chunks: list[bytes], pause: float = 0.0, length: int | None = None) -> bytes | OllamapyError:
