@@ -96,11 +96,12 @@ class EngineProcess(asyncio.Protocol):
 
     async def _loaded(self, timeout: float) -> EngineInfo:
         hung = asyncio.create_task(hang.until_hung(self.pid, lambda: self._last_event, lambda: True, loading=True))
+        ends: list[asyncio.Future[Any]] = [self._ready, hung]
         try:
             while True:
                 left = self._last_event + timeout - time.monotonic()
                 wait = None if left == math.inf else max(0.0, left)
-                await asyncio.wait([self._ready, hung], timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(ends, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 if self._ready.done():
                     return self._ready.result()
                 if hung.done():

@@ -96,6 +96,7 @@ class Answer:
             figures.inter_token.observe((now - self.last) / 1e9 / num_tokens, num_tokens)
         else:
             figures.time_to_first_token.observe((now - self.begin) / 1e9)
+            figures.inter_token.observe(0.0, num_tokens - 1)  # with the first, where this daemon was late
         self.last = now
 
     def generated(self, reason: str, prompt_ns: int, decode_ns: int, context_shifts: int) -> None:

@@ -141,6 +141,7 @@ def test_real_engines_stopped_in_their_load(
     async def check(residents: Residents) -> None:
         whole = await answer(residents, model, 6)
         (row,) = residents.running()
+        await residents.unload(model)
         async with beside(residents, other) as pid:
             while len(waits) < stops:
                 await residents.unload(model)
