@@ -19,8 +19,9 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   // Threads of the kernels below, the calling one included. At the start: 1.
   m.def("set_threads(int count) -> ()");
   // rows (n, row bytes) uint8 of GGUF type `type`, k weights each -> tiles (ceil(n / 16), 16 * row bytes): the same bits, permuted.
-  // Those of experts, (X, n, row bytes), become (X, tiles, bytes). Rows of the types in cpu/isa/coded.h are not the file's.
-  m.def("pack_weight(Tensor rows, int type, int k) -> Tensor");
+  // Those of experts, (X, n, row bytes), become (X, tiles, bytes). Types of few values (cpu/isa/coded.h) take other bytes in tiles than in
+  // the file, and most of them a table, flat uint8 (ollamapy/quant/coded.py); `unpack_weight` gives their rows as the tiles hold them.
+  m.def("pack_weight(Tensor rows, int type, int k, Tensor? table=None) -> Tensor");
   m.def("unpack_weight(Tensor tiles, int type, int n, int k) -> Tensor");
   // x (m, k) float32 times a packed (n, k) weight -> (m, n) float32. Quantized weights take x as int8 per 32.
   m.def("linear(Tensor x, Tensor tiles, int type, int n, Tensor? bias) -> Tensor");

@@ -21,7 +21,7 @@ from ollamapy.cpu_memory import untouched
 from ollamapy.engine.batch import Batch, KVCache, LayerState
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import GGMLType
-from ollamapy.quant.coded import coded_rows
+from ollamapy.quant.coded import cpu_table
 from ollamapy.quant.forms import CODED
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation, Routing
@@ -84,13 +84,11 @@ def prepare_precise(weight: QuantTensor, device: torch.device) -> Packed:
 def _pack(weight: QuantTensor, otherwise: GGMLType, planes: int) -> Packed:
     """A type that no kernel reads becomes `otherwise`, a float type."""
     type, data = weight.type, weight.data
-    if type in CODED:
-        data = coded_rows(weight)
-    elif type not in PACKED:
+    if type not in PACKED and type not in CODED:
         type = otherwise
         data = weight.dequantize().to(torch.float16 if otherwise is GGMLType.F16 else torch.float32).view(torch.uint8)
     rows, columns = weight.shape[-2:]
-    tiles = kernels().pack_weight(data.contiguous(), int(type), columns)
+    tiles = kernels().pack_weight(data.contiguous(), int(type), columns, cpu_table(type))
     return Packed(tiles, type, rows, columns, 1 if type in _DENSE else planes)
 
 

@@ -4,15 +4,18 @@
 
 namespace ollamapy {
 
-// Matmul on packed weights of one GGUF tensor type: tiles of 16 rows that hold the bits of the file's rows, permuted.
+// Matmul on packed weights of one GGUF tensor type: tiles of 16 rows that hold the bits of the file's rows, permuted, or rows of few
+// values (isa/coded.h), which have another form than in the file.
 struct MatmulKernels {
-  // rows (n, k) as in the file -> tiles (ceil(n / 16), 16 * row bytes); tiles [begin, end)
-  void (*pack)(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t begin, int64_t end);
-  void (*unpack_row)(const uint8_t* tiles, int64_t k, int64_t row, uint8_t* out);  // row `row` as in the file
+  // rows (n, k) as in the file -> tiles (ceil(n / 16), 16 * row bytes); tiles [begin, end). table: what the type is looked up in
+  void (*pack)(const uint8_t* rows, int64_t n, int64_t k, const uint8_t* table, uint8_t* tiles, int64_t begin, int64_t end);
+  void (*unpack_row)(const uint8_t* tiles, int64_t k, int64_t row, uint8_t* out);  // row `row` before it was permuted
   // y[i * ldy + 16 t + r] for the m rows of acts and tiles t of [begin, end); acts: records of `quantize_rows`, or float rows
   void (*matmul)(const uint8_t* tiles, int64_t k, const uint8_t* acts, int64_t m, float* y, int64_t ldy, int64_t begin, int64_t end);
-  int64_t block, block_bytes;
-  bool dense;  // float weights: acts are float rows
+  int64_t block, block_bytes;            // of rows in tiles
+  int64_t file_block, file_block_bytes;  // of rows as in the file
+  int64_t table_bytes;                   // 0: nothing is looked up
+  bool dense;                            // float weights: acts are float rows
 };
 
 struct Weight {

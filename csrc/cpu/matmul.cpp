@@ -24,10 +24,11 @@ const MatmulKernels& kernels_of(const char* op, int64_t type) {
   return *found;
 }
 
-int64_t row_bytes(const char* op, const MatmulKernels& m, int64_t k) {
-  STD_TORCH_CHECK(k > 0 && k % m.block == 0, op, ": rows of ", k, " weights are not whole blocks of ", m.block);
-  return k / m.block * m.block_bytes;
+int64_t row_bytes(const char* op, int64_t block, int64_t block_bytes, int64_t k) {
+  STD_TORCH_CHECK(k > 0 && k % block == 0, op, ": rows of ", k, " weights are not whole blocks of ", block);
+  return k / block * block_bytes;
 }
+int64_t row_bytes(const char* op, const MatmulKernels& m, int64_t k) { return row_bytes(op, m.block, m.block_bytes, k); }
 
 // Maps the pages of what is about to be read all at once: a fault for every 16 of a mapped file costs a tenth of packing them.
 // Where that cannot be done the reads fault for themselves.
@@ -39,22 +40,26 @@ void map_pages(const uint8_t* data, int64_t size) {
 }
 
 // Threads take turns of about a megabyte: a core may be another process's for a while.
-Tensor pack_weight(Tensor rows, int64_t type, int64_t k) {
+Tensor pack_weight(Tensor rows, int64_t type, int64_t k, std::optional<Tensor> table) {
   const MatmulKernels& m = kernels_of("pack_weight", type);
   const int64_t dims = rows.dim() == 3 ? 3 : 2;
   check_type("pack_weight", "rows", rows, ScalarType::Byte, dims);
   STD_TORCH_CHECK(rows.is_contiguous(), "pack_weight: rows is not contiguous");
-  const int64_t experts = dims == 3 ? rows.size(0) : 1, n = rows.size(dims - 2), bytes = row_bytes("pack_weight", m, k), tiles = (n + 15) / 16;
-  STD_TORCH_CHECK(rows.size(dims - 1) == bytes, "pack_weight: rows have ", rows.size(dims - 1), " bytes, not ", bytes);
+  const int64_t read = row_bytes("pack_weight", m.file_block, m.file_block_bytes, k), bytes = row_bytes("pack_weight", m, k);
+  STD_TORCH_CHECK(rows.size(dims - 1) == read, "pack_weight: rows have ", rows.size(dims - 1), " bytes, not ", read);
+  const int64_t experts = dims == 3 ? rows.size(0) : 1, n = rows.size(dims - 2), tiles = (n + 15) / 16;
+  STD_TORCH_CHECK((table ? table->numel() : 0) == m.table_bytes, "pack_weight: a table of another size than ", m.table_bytes, " bytes");
+  if (table) check_vector("pack_weight", "table", *table, ScalarType::Byte, m.table_bytes);
+  const uint8_t* looked_up = table ? data<uint8_t>(*table) : nullptr;
   Tensor out = dims == 3 ? weight_memory({experts, tiles, 16 * bytes}) : weight_memory({tiles, 16 * bytes});
   const int64_t turn = std::max<int64_t>(1, (1 << 20) / (16 * bytes)), turns = (tiles + turn - 1) / turn;
   std::atomic<int64_t> next{0};
   team::share(experts * turns, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1)) < experts * turns;) {
       const int64_t x = i / turns, begin = i % turns * turn, end = std::min(begin + turn, tiles);
-      const uint8_t* from = data<uint8_t>(rows) + x * n * bytes;
-      map_pages(from + 16 * begin * bytes, (std::min(16 * end, n) - 16 * begin) * bytes);
-      m.pack(from, n, k, data<uint8_t>(out) + x * tiles * 16 * bytes, begin, end);
+      const uint8_t* from = data<uint8_t>(rows) + x * n * read;
+      map_pages(from + 16 * begin * read, (std::min(16 * end, n) - 16 * begin) * read);
+      m.pack(from, n, k, looked_up, data<uint8_t>(out) + x * tiles * 16 * bytes, begin, end);
     }
   });
   return out;

@@ -1,20 +1,23 @@
-"""Rows of few values in the kernels' forms: a number of some bits for each weight, and scales. No kernel, no tile, no plane."""
+"""Weights of few values in the kernels' forms: a number of some bits for each, and scales. No kernel, no tile, no plane."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ollamapy.gguf.types import TYPES, GGMLType
+from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.bits import join_fields, look_up
-from ollamapy.quant.dequant import CHUNK_WEIGHTS, CODEBOOKS, INTEGERS
-from ollamapy.quant.forms import CODED, GROUP, RECODED
-from ollamapy.quant.tensor import QuantTensor
+from ollamapy.quant.dequant import CODEBOOKS, INTEGERS
+from ollamapy.quant.forms import CODED, RECODED
+from ollamapy.quant.grids import GRIDS
+from ollamapy.quant.legacy import UE4M3_SCALES
 
 RUN = 32  # bytes of a run of fields in a recoded block
 
 
-def _numbers(values: Tensor, table: tuple[int, ...]) -> Tensor:
+def numbers_of(values: Tensor, table: tuple[int, ...]) -> Tensor:
     """Each int8 value's place in the table, the first one: uint8 of the same shape."""
     numbers = torch.zeros(256, dtype=torch.uint8)
     for number, value in reversed(list(enumerate(table))):
@@ -22,25 +25,23 @@ def _numbers(values: Tensor, table: tuple[int, ...]) -> Tensor:
     return look_up(numbers, values.view(torch.uint8))
 
 
-def coded_rows(weight: QuantTensor) -> Tensor:
-    """The CPU's form, (..., rows, bytes) uint8: per 32 weights their scales, then 16 bytes, byte j with the numbers of weights
-    j and j + 16.
+@cache
+def cpu_table(type: GGMLType) -> Tensor | None:
+    """What the CPU kernels look a type of few values up in (csrc/cpu/isa/coded.h), flat uint8; None where they count.
 
-    The products of values and scales are the dequantized weights, bit by bit.
+    Of each entry of a codebook its values' numbers, then the negatives'; of IQ1 the values a delta above, then those a delta
+    below. Of NVFP4 the float32 scale that each byte stands for.
     """
-    form, info = CODED[weight.type], TYPES[weight.type]
-    blocks = weight.data.reshape(-1, info.type_size)
-    groups, at = info.block_size // GROUP, 4 * form.scales
-    out = torch.empty(len(blocks), groups, form.block_bytes, dtype=torch.uint8)
-    step = CHUNK_WEIGHTS // info.block_size
-    for start in range(0, len(blocks), step):
-        values, scales = INTEGERS[weight.type](blocks[start : start + step])
-        part = out[start : start + step]
-        codes = _numbers(values, form.values).view(len(part), groups, 2, GROUP // 2)
-        torch.bitwise_or(codes[:, :, 0], codes[:, :, 1] << 4, out=part[:, :, at:])
-        every = scales.repeat_interleave(groups * form.scales // scales.shape[1], 1).contiguous()
-        part[:, :, :at] = every.view(torch.uint8).view(len(part), groups, at)
-    return out.view(*weight.shape[:-1], -1)
+    if type is GGMLType.NVFP4:
+        return UE4M3_SCALES.view(torch.uint8)
+    if type not in CODEBOOKS:
+        return None
+    if type in (GGMLType.IQ1_S, GGMLType.IQ1_M):
+        eighths = GRIDS["iq1_s"] * 8
+        pair = eighths + 1, eighths - 1
+    else:
+        pair = GRIDS[type.name.lower()], -GRIDS[type.name.lower()]
+    return numbers_of(torch.stack(pair, 1), CODED[type].values).flatten()
 
 
 def recoded(blocks: Tensor, type: GGMLType) -> Tensor:
@@ -54,9 +55,9 @@ def recoded(blocks: Tensor, type: GGMLType) -> Tensor:
     form = RECODED[type]
     if form.scales == 0:
         values, _ = INTEGERS[type](blocks)
-        return torch.cat([blocks[:, -2:], join_fields(_numbers(values, form.values), form.bits, RUN)], 1)
+        return torch.cat([blocks[:, -2:], join_fields(numbers_of(values, form.values), form.bits, RUN)], 1)
     values, scales, step = CODEBOOKS[type](blocks)
-    numbers = _numbers(values, form.values)
+    numbers = numbers_of(values, form.values)
     parts = [step.contiguous().view(torch.uint8)]
     parts += [join_fields(scales >> 4, 2, 1), join_fields(scales & 15, 4, 1)] if form.scales == 1 else [scales]
     low = 4 if form.bits == 4 else 2

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ollamapy import cpu_kernels, reference
 from ollamapy.gguf.types import TYPES, GGMLType
-from ollamapy.quant.coded import coded_rows
+from ollamapy.quant.coded import cpu_table
 from ollamapy.quant.dequant import dequantize
 from ollamapy.quant.forms import CODED, packed_nbytes
 from ollamapy.quant.tensor import QuantTensor
-from tests.quant.test_dequant import HALVES, random_blocks
+from tests.quant.coded_rows import coded_rows
+from tests.quant.test_dequant import HALVES, extreme_blocks, random_blocks
 
 CPU = torch.device("cpu")
 DENSE = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
@@ -92,28 +93,48 @@ def rounding_bound(weight: QuantTensor, seen: Tensor) -> Tensor:
 
 
 def rows_held(weight: QuantTensor) -> Tensor:
-    """What is packed: rows as in the file, or of few values."""
+    """What the tiles hold of each row: the file's bytes, or the form of few values."""
     return coded_rows(weight) if weight.type in CODED else weight.data
 
 
 def check_pack() -> None:
     ops = cpu_kernels.kernels()
     for type in TYPES_HELD:
+        table = cpu_table(type)
         for rows in (1, 15, 16, 17, 37):
             for blocks in columns(type):
                 weight = make_weight(type, rows, blocks)
-                data = rows_held(weight)
-                tiles = ops.pack_weight(data, int(type), weight.shape[1])
-                assert tiles.shape == (-(-rows // 16), 16 * data.shape[1])
+                held = rows_held(weight)
+                tiles = ops.pack_weight(weight.data, int(type), weight.shape[1], table)
+                assert tiles.shape == (-(-rows // 16), 16 * held.shape[1])
                 back = ops.unpack_weight(tiles, int(type), rows, weight.shape[1])
-                assert torch.equal(back, data), (type.name, rows, blocks)
-        experts = torch.stack([rows_held(make_weight(type, 17, 2, seed)) for seed in range(3)])
-        together = ops.pack_weight(experts, int(type), 2 * TYPES[type].block_size)
-        apart = [ops.pack_weight(expert, int(type), 2 * TYPES[type].block_size) for expert in experts]
+                assert torch.equal(back, held), (type.name, rows, blocks)
+                padded = ops.unpack_weight(tiles, int(type), len(tiles) * 16, weight.shape[1])
+                assert not padded[rows:].any(), (type.name, rows, blocks)
+        width = 2 * TYPES[type].block_size
+        experts = torch.stack([make_weight(type, 17, 2, seed).data for seed in range(3)])
+        together = ops.pack_weight(experts, int(type), width, table)
+        apart = [ops.pack_weight(expert, int(type), width, table) for expert in experts]
         assert torch.equal(together, torch.stack(apart)), type.name
         weight = make_weight(type, 1000, 3)
         packed = cpu_kernels.prepare_linear(weight, CPU)
         assert packed.data.numel() == packed_nbytes(type, weight.shape) <= 1.03 * rows_held(weight).numel()
+
+
+def check_codes() -> None:
+    """Types of few values, to the bit, in pieces for several threads: every entry of a codebook with either sign (all but a
+    chance of e^-90), every byte, and the ends of the scales."""
+    width, rows = 41 * 256, 300
+    for type in CODED:
+        blocks = torch.from_numpy(random_blocks(type, rows * width // TYPES[type].block_size))
+        ends = torch.from_numpy(extreme_blocks(type))
+        blocks[: len(ends)] = ends
+        if type is GGMLType.NVFP4:
+            blocks[-256:, 3] = torch.arange(256)
+        weight = QuantTensor(blocks.view(rows, -1), type, (rows, width))
+        packed = cpu_kernels.prepare_linear(weight, CPU)
+        back = cpu_kernels.kernels().unpack_weight(packed.data, int(type), rows, width)
+        assert torch.equal(back, coded_rows(weight)), type.name
 
 
 def check_rows() -> None:
@@ -226,4 +247,4 @@ def check_bad_numbers() -> None:
 
 
 def checks() -> list[Any]:
-    return [check_pack, check_rows, check_values, check_precise, check_rows_are_alone, check_bad_numbers]
+    return [check_pack, check_codes, check_rows, check_values, check_precise, check_rows_are_alone, check_bad_numbers]

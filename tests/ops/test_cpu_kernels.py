@@ -49,6 +49,7 @@ Q8 = int(GGMLType.Q8_0)
 X = torch.zeros(2, 64)
 IDS = torch.tensor([0])
 ROWS = make_weight(GGMLType.Q8_0, 20, 2).data
+IQ1 = make_weight(GGMLType.IQ1_S, 20, 1).data
 
 
 def _tiles(csrc: Any) -> Tensor:
@@ -68,6 +69,13 @@ def _tiles(csrc: Any) -> Tensor:
         (lambda o, t: o.pack_weight(ROWS.float(), Q8, 64), "pack_weight: rows has the wrong dtype"),
         (lambda o, t: o.pack_weight(ROWS[0], Q8, 64), "pack_weight: rows has 1 dimensions"),
         (lambda o, t: o.pack_weight(ROWS[:, ::2], Q8, 32), "pack_weight: rows is not contiguous"),
+        (lambda o, t: o.pack_weight(ROWS, Q8, 64, IDS.byte()), "pack_weight: a table of another size than 0 bytes"),
+        (lambda o, t: o.pack_weight(IQ1, 19, 256), "pack_weight: a table of another size than 32768 bytes"),
+        (lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(32767, dtype=torch.uint8)), "pack_weight: a table of another size"),
+        (lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(32768)), "pack_weight: table has the wrong dtype"),
+        (lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(65536, dtype=torch.uint8)[::2]), "pack_weight: table is not a contiguous"),
+        (lambda o, t: o.pack_weight(IQ1, 19, 288, None), "pack_weight: rows of 288 weights are not whole blocks of 256"),
+        (lambda o, t: o.pack_weight(IQ1, 19, 512, None), "pack_weight: rows have 50 bytes, not 100"),
         (lambda o, t: o.unpack_weight(t, Q8, 40, 64), "unpack_weight: tiles have another shape"),
         (lambda o, t: o.unpack_weight(t, Q8, -1, 64), "unpack_weight: tiles have another shape"),
         (lambda o, t: o.unpack_weight(t, Q8, 20, 128), "unpack_weight: tiles have another shape"),

@@ -191,7 +191,7 @@ INLINE void pack_quants(const uint8_t* rows, int64_t stride, uint8_t* out) {
 
 // rows: N x row_bytes as in the file; tiles: ceil(N / 16) x 16 * row_bytes
 template <class T>
-void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile_begin, int64_t tile_end) {
+void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, const uint8_t*, uint8_t* tiles, int64_t tile_begin, int64_t tile_end) {
   const int64_t blocks = k / T::kBlock, row_bytes = blocks * T::kBlockBytes, groups = k / 32;
   for (int64_t t = tile_begin; t < tile_end; t++) {
     uint8_t* tile = tiles + t * 16 * row_bytes;
@@ -214,7 +214,7 @@ void pack_tiles(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64
 }
 // Float weights: a tile is (k, 16 rows).
 template <class T>
-void pack_dense(const uint8_t* rows, int64_t n, int64_t k, uint8_t* tiles, int64_t tile_begin, int64_t tile_end) {
+void pack_dense(const uint8_t* rows, int64_t n, int64_t k, const uint8_t*, uint8_t* tiles, int64_t tile_begin, int64_t tile_end) {
   constexpr int kWidth = 16 / T::kBytes;  // of a step along k
   for (int64_t t = tile_begin; t < tile_end; t++) {
     const uint8_t* from = rows + t * 16 * k * T::kBytes;
