@@ -30,7 +30,7 @@ from ollamapy.reference import moe as reference_moe
 log = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 16  # tokens of a KV block: the lanes of a score
-MAX_HEAD = 256
+HEAD_LENGTHS = (16, 256)  # the shortest and the longest
 PLANES = 3  # int8 rows that hold a float32 one: each gains 8 bits
 Q8_GROUP_BYTES = 544  # 32 components of 16 tokens in q8_0
 PACKED = frozenset(

@@ -39,8 +39,9 @@ def _on_cpu(place: Place) -> str:
 
 
 def _heads_fit(place: Place) -> str:
-    odd = [length for length in place.head_lengths if length % 16 or length > cpu_kernels.MAX_HEAD]
-    return _on_cpu(place) or (f"head length {odd[0]} is not a multiple of 16 up to {cpu_kernels.MAX_HEAD}" if odd else "")
+    least, most = cpu_kernels.HEAD_LENGTHS
+    odd = [length for length in place.head_lengths if not least <= length <= most]
+    return _on_cpu(place) or (f"head length {odd[0]} is not between {least} and {most}" if odd else "")
 
 
 def _reads_rows(place: Place) -> str:

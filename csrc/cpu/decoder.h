@@ -42,7 +42,7 @@ enum RopeKind : int { kRopeNone = 0, kRopeHalves = 1, kRopePairs = 2 };
 enum GateKind : int { kGateSilu = 0, kGateGeluTanh = 1 };
 
 struct AttentionShape {
-  int heads, kv_heads, key_length, value_length;
+  int heads, kv_heads, key_length, value_length;  // lengths of 16 to 256
   float scale, softcap;  // softcap 0: off
   int window;            // 0: none
   bool causal;

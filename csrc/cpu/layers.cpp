@@ -134,8 +134,8 @@ void layer_free(int64_t handle) {
 
 void check_shape(const char* op, const AttentionShape& a) {
   STD_TORCH_CHECK(a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0, op, ": ", a.heads, " heads on ", a.kv_heads, " KV heads");
-  STD_TORCH_CHECK(a.key_length > 0 && a.key_length % 16 == 0 && a.key_length <= 256 && a.value_length > 0 && a.value_length % 16 == 0 && a.value_length <= 256, op,
-                  ": head lengths ", a.key_length, " and ", a.value_length, " are not multiples of 16 up to 256");
+  const auto fits = [](int length) { return length >= 16 && length <= 256; };
+  STD_TORCH_CHECK(fits(a.key_length) && fits(a.value_length), op, ": head lengths ", a.key_length, " and ", a.value_length, " are not between 16 and 256");
   STD_TORCH_CHECK(a.window >= 0, op, ": window ", a.window, " is negative");
 }
 

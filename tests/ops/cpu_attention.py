@@ -116,10 +116,10 @@ def check_options() -> float:
 
 
 def check_shapes() -> float:
-    """Head lengths up to 256, groups of 1 to 9 query heads, every type of cache."""
+    """Head lengths of 16 to 256, groups of 1 to 9 query heads, every type of cache."""
     dtypes = itertools.cycle((torch.float16, torch.bfloat16, torch.float32))
     worst = 0.0
-    for length in (16, 48, 64, 80, 96, 128, 192, 256):
+    for length in (16, 17, 36, 40, 48, 64, 72, 80, 96, 100, 128, 192, 255, 256):
         worst = max(worst, _check(make([1, 33, 300], (2, 1), (length, 272 - length), next(dtypes)), scale=length**-0.5))
     for length in (32, 64, 96, 128, 256):
         worst = max(worst, _check(make([1, 33, 300], (2, 1), (length, 288 - length), torch.uint8), scale=length**-0.5))
@@ -135,7 +135,8 @@ def check_batches_and_chunks() -> None:
     lengths = [600, 70, 291]
     cases = [(name, torch.float16) for name in ("plain", "window", "window-257", "cap", "sinks", "all")]
     for name, dtype in (*cases, ("plain", torch.uint8), ("all", torch.uint8)):
-        s, options = make(lengths, head_lengths=(32, 96), dtype=dtype), {"scale": 0.2, **OPTIONS[name]}
+        heads = (32, 96) if dtype is torch.uint8 else (36, 100)
+        s, options = make(lengths, head_lengths=heads, dtype=dtype), {"scale": 0.2, **OPTIONS[name]}
         whole = s.run([0, 1, 2], lengths, lengths, **options)
         for cuts in ([0, 1, 8, 9, 130, 257, 600], [0, 255, 256, 513, 600], [0, 599, 600]):
             for start, stop in itertools.pairwise(cuts):
@@ -161,8 +162,8 @@ def check_chunks_shared_out() -> None:
         ((4, 1), {"sinks": SINKS, "cap": 2.0, "window": 257}),
         ((5, 5), {"causal": False}),
     ):
-        for dtype in (torch.float16, torch.uint8):
-            s = make([1100, 513], heads, (32, 64), dtype)
+        for dtype, head_lengths in ((torch.float16, (40, 72)), (torch.uint8, (32, 64))):
+            s = make([1100, 513], heads, head_lengths, dtype)
             cpu_kernels.kernels().set_threads(1)
             ones = [s.run([i], [len(s.q[i])], [len(s.q[i])], scale=0.2, **options)[0] for i in range(2)]
             for threads in (1, 2, 3, 4):
@@ -178,18 +179,18 @@ def check_chunks_shared_out() -> None:
 def check_write_kv() -> None:
     """Rows go to their slots in the cache's type, rounded to nearest even; other slots and rows beyond the slots stay."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        cache = cpu_kernels.new_cache(LayerState(2, 16, 32), 3, 16, dtype, torch.device("cpu"))
+        cache = cpu_kernels.new_cache(LayerState(2, 20, 37), 3, 16, dtype, torch.device("cpu"))
         cache.key.fill_(-1.0)
         cache.value.fill_(-1.0)
-        k, v = torch.randn(5, 2, 16) * 3, torch.randn(5, 2, 32)
+        k, v = torch.randn(5, 2, 20) * 3, torch.randn(5, 2, 37)
         # overflow, the largest half, ties, subnormals, zeros of both signs
         k[0, 0, :8] = torch.tensor([7e4, 65519.0, 1.0 + 2**-11, 1.0 + 3 * 2**-11, 2**-25, 3e-8, -0.0, -7e4])
         k[1, 0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0 + 2**-8])
         k[2, 0, :4] = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7FC00000 - (1 << 32)]).int().view(torch.float32)  # NaN all
         slots = torch.tensor([33, 0, 15, 47])
         cpu_kernels.write_kv(k, v, cache, slots)
-        keys = cache.key.permute(0, 3, 1, 2).reshape(48, 2, 16)
-        values = cache.value.permute(0, 2, 1, 3).reshape(48, 2, 32)
+        keys = cache.key.permute(0, 3, 1, 2).reshape(48, 2, 20)
+        values = cache.value.permute(0, 2, 1, 3).reshape(48, 2, 37)
         torch.testing.assert_close(keys[slots], k[:4].to(dtype), rtol=0, atol=0, equal_nan=True)
         assert torch.equal(torch.signbit(keys[33]), torch.signbit(k[0]))
         assert torch.equal(values[slots], v[:4].to(dtype))
@@ -244,7 +245,7 @@ def check_later_infinities() -> None:
     """What a row cannot see may be infinite or NaN: later tokens of its own chunk of a prompt, and those before its window."""
     for dtype in (torch.float32, torch.float16, torch.uint8):
         for heads, options in (((4, 2), {}), ((4, 1), {"window": 5}), ((9, 1), {}), ((3, 1), {"cap": 2.0})):
-            s = make([300], heads, (32, 96), dtype)
+            s = make([300], heads, (32, 96) if dtype is torch.uint8 else (36, 100), dtype)
             whole = s.run([0], [300], [300], scale=0.2, **options)[0]
             for at, value in ((41, torch.inf), (258, torch.nan), (299, -torch.inf)):
                 batch = make_batch(s.tables, [300], [300], 16)

@@ -57,6 +57,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "temperature": {"query_temperature": True},
     "both-sides": {"causal": False},
     "heads": {"num_heads": 5, "num_kv_heads": 1, "key_length": 32, "rope": Rope(32, 1e4)},
+    "lengths": {"key_length": 36, "value_length": 44, "num_kv_heads": 4, "rope": Rope(36, 1e4), "qk_norm": True},
     "all": {
         **{"interleaved_rope": True, "qkv_bias": (True, True, True), "output_bias": True, "qk_norm": True, "softcap": 2.0},
         **{"window": 9, "sinks": True, "query_temperature": True, "key_length": 48, "value_length": 32, "rope": Rope(32, 1e4)},

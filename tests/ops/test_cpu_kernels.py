@@ -180,10 +180,10 @@ def _ints(*values: Any) -> Tensor:
         ({"key": torch.zeros(4, 16, 16)}, "the cache has not four dimensions"),
         ({"key": torch.zeros(4, 1, 16, 32)}, "key cache is not that of 4 blocks, 1 heads of 16"),
         (
-            {"key": torch.zeros(4, 1, 24, 16), "q": torch.zeros(3, 48)},
-            "head lengths 24 and 16 are not multiples of 16 up to 256",
+            {"key": torch.zeros(4, 1, 15, 16), "q": torch.zeros(3, 30)},
+            "head lengths 15 and 16 are not between 16 and 256",
         ),
-        ({"value": torch.zeros(4, 1, 16, 272)}, "head lengths 16 and 272 are not multiples of 16 up to 256"),
+        ({"value": torch.zeros(4, 1, 16, 257)}, "head lengths 16 and 257 are not between 16 and 256"),
         ({"value": torch.zeros(3, 1, 16, 16)}, "value cache is not that of 4 blocks, 1 heads of 16"),
         ({"key": Q8_CACHE, "q": torch.zeros(3, 64)}, "value cache has the wrong dtype"),
         ({"key": Q8_CACHE, "value": Q8_CACHE}, r"q is not \(tokens, 64\)"),

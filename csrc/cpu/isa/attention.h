@@ -78,15 +78,15 @@ INLINE void scores(const float* const* q, const uint8_t* const* keys, int d, flo
   for (int r = 0; r < R; r++) for (int b = 0; b < NB; b++) store(out[r] + 16 * b, acc[r][b]);
 }
 
-// Sums of NV vectors of value components, from component 16 v0 on, weighted by p, over keys [first, last) of the chunk.
+// Sums of NV vectors of value components, from component d0 on, weighted by p, over keys [first, last) of the chunk.
 template <CacheType C, int R, int NV, class Next>
-INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int first, int last, int dv, int v0, float* const* out, const Next& next) {
+INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int first, int last, int dv, int d0, float* const* out, const Next& next) {
   constexpr int kGroups = C == kCacheQ8_0 ? (NV + 1) / 2 : 1;  // q8_0: a weight times the scale of each group
   alignas(64) float scaled[C == kCacheQ8_0 ? R : 1][kGroups][C == kCacheQ8_0 ? kChunk : 1];
   if constexpr (C == kCacheQ8_0)
     for (int b = first / 16; b < (last + 15) / 16; b++)
       for (int g = 0; g < kGroups; g++) {
-        const F scale = load_half(value_blocks[b] + (v0 / 2 + g) * kQ8GroupBytes + 512);
+        const F scale = load_half(value_blocks[b] + (d0 / 32 + g) * kQ8GroupBytes + 512);
         for (int r = 0; r < R; r++) store(scaled[r][g] + 16 * b, mul(load(p[r] + 16 * b), scale));
       }
   F acc[R][NV];
@@ -95,7 +95,7 @@ INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int
     const uint8_t* block = value_blocks[j / 16];
     if (j % 16 == 0) next(j / 16);
     F x[NV];
-    for (int v = 0; v < NV; v++) x[v] = load_cache<C>(block + value_at<C>(16 * (v0 + v), j % 16, dv));
+    for (int v = 0; v < NV; v++) x[v] = load_cache<C>(block + value_at<C>(d0 + 16 * v, j % 16, dv));
     for (int r = 0; r < R; r++) {
       if constexpr (C == kCacheQ8_0) {
         for (int v = 0; v < NV; v++) acc[r][v] = fma(splat(scaled[r][v / 2][j]), x[v], acc[r][v]);
@@ -105,12 +105,24 @@ INLINE void weigh(const float* const* p, const uint8_t* const* value_blocks, int
       }
     }
   }
-  for (int r = 0; r < R; r++) for (int v = 0; v < NV; v++) store(out[r] + 16 * (v0 + v), acc[r][v]);
+  for (int r = 0; r < R; r++) for (int v = 0; v < NV; v++) store(out[r] + d0 + 16 * v, acc[r][v]);
+}
+
+// Where `width` components from the d-th on begin, so that none lies beyond n: the last vectors of a head that is no multiple of
+// them overlap those before, and what is computed twice is the same.
+INLINE int within(int d, int width, int n) { return d + width <= n ? d : n - width; }
+
+// y[i] = value(i) by vectors, also where value reads y; n >= 16.
+template <class Value>
+INLINE void each_vector(float* y, int n, const Value& value) {
+  const F last = value(n - 16);
+  for (int i = 0; i + 16 <= n; i += 16) store(y + i, value(i));
+  store(y + n - 16, last);
 }
 
 INLINE bool finite(const float* x, int n) {
   F wrong = splat(0.0f);  // becomes NaN
-  for (int i = 0; i < n; i += 16) wrong = fma(load(x + i), splat(0.0f), wrong);
+  for (int i = 0; i < n; i += 16) wrong = fma(load(x + within(i, 16, n)), splat(0.0f), wrong);
   return reduce_add(wrong) == 0.0f;
 }
 
@@ -126,7 +138,7 @@ INLINE void merge(Running& row, float* y, float top, float sum, const float* par
   alignas(64) float weight[16] = {row.top - most, top - most};
   store(weight, exp(load(weight)));
   row = {most, row.sum * weight[0] + sum * weight[1]};
-  for (int i = 0; i < n; i += 16) store(y + i, fma(load(y + i), splat(weight[0]), mul(load(part + i), splat(weight[1]))));
+  each_vector(y, n, [&](int i) { return fma(load(y + i), splat(weight[0]), mul(load(part + i), splat(weight[1]))); });
 }
 
 // Softmax of a row's scores over `blocks` blocks, keys [low, high) of the chunk: scores become weights.
@@ -191,14 +203,15 @@ void attend_chunk(const PagedHead<C>& h, const AttendRow* rows, float* const* pa
   }
   constexpr int kRest = C == kCacheQ8_0 ? 2 : 1;  // a group of q8_0 is two vectors
   const auto next = [&](int b) { reads.ask(blocks + b + 1 + ahead); };
-  for (int v = 0; v < a.value_length / 16;) {
-    if (v + kValueVectors <= a.value_length / 16) weigh<C, R, kValueVectors>(weight, values, first, last, a.value_length, v, parts, next), v += kValueVectors;
-    else weigh<C, R, kRest>(weight, values, first, last, a.value_length, v, parts, next), v += kRest;
+  const int dv = a.value_length;
+  for (int d = 0; d < dv;) {
+    if (d + 16 * kValueVectors <= dv) weigh<C, R, kValueVectors>(weight, values, first, last, dv, d, parts, next), d += 16 * kValueVectors;
+    else weigh<C, R, kRest>(weight, values, first, last, dv, within(d, 16 * kRest, dv), parts, next), d += 16 * kRest;
   }
   if constexpr (R > 1) {  // a weight of 0 times another row's infinity is NaN: what is not finite is done again over the row's own keys
     for (int r = 0; r < R; r++) {
-      if (finite(parts[r], a.value_length)) continue;
-      for (int v = 0; v < a.value_length / 16; v += kRest) weigh<C, 1, kRest>(weight + r, values, from[r], to[r], a.value_length, v, parts + r, next);
+      if (finite(parts[r], dv)) continue;
+      for (int d = 0; d < dv; d += 16 * kRest) weigh<C, 1, kRest>(weight + r, values, from[r], to[r], dv, within(d, 16 * kRest, dv), parts + r, next);
     }
   }
   reads.ask(reads.count);
@@ -224,7 +237,7 @@ INLINE void finish(const AttendRow& row, const Running& running, int n) {
     sum = sum * weight[0] + weight[1];
   }
   const F inverse = splat(sum > 0 ? scale / sum : 0.0f);
-  for (int i = 0; i < n; i += 16) store(row.y + i, mul(load(row.y + i), inverse));
+  each_vector(row.y, n, [&](int i) { return mul(load(row.y + i), inverse); });
 }
 
 // A row from the partial results of all its chunks: the same merges in the same order as where one thread had them all.
