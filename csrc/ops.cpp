@@ -24,9 +24,8 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("pack_weight(Tensor rows, int type, int k, Tensor? table=None) -> Tensor");
   m.def("unpack_weight(Tensor tiles, int type, int n, int k) -> Tensor");
   // x (m, k) float32 times a packed (n, k) weight -> (m, n) float32. Quantized weights take x as int8 per 32.
-  m.def("linear(Tensor x, Tensor tiles, int type, int n, Tensor? bias) -> Tensor");
-  // The same for quantized weights, with x as the sum of so many int8 rows: with 3 to the precision of float32.
-  m.def("linear_precise(Tensor x, Tensor tiles, int type, int n, Tensor? bias, int planes) -> Tensor");
+  // As the sum of `planes` int8 rows, with 3 to the precision of float32.
+  m.def("linear(Tensor x, Tensor tiles, int type, int n, Tensor? bias, int planes=1) -> Tensor");
   // x (rows, n) float32 / sqrt(mean of its squares + eps) * weight (n,) -> (rows, n)
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   // Paged KV caches are key (blocks, kv heads, key_length, 16) and value (blocks, kv heads, 16, value_length): float16, bfloat16 or

@@ -100,9 +100,7 @@ def embedding(token_ids: Tensor, weight: Packed) -> Tensor:
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """(n, K) x (N, K) + (N) -> (n, N)."""
-    arguments = x.contiguous(), weight.data, int(weight.type), weight.rows, bias
-    library = kernels()
-    out: Tensor = library.linear(*arguments) if weight.planes == 1 else library.linear_precise(*arguments, weight.planes)
+    out: Tensor = kernels().linear(x.contiguous(), weight.data, int(weight.type), weight.rows, bias, weight.planes)
     return out
 
 

@@ -20,11 +20,9 @@ struct Kernels {
   // The matmul kernels of a GGUF tensor type, null for a type that has none.
   const MatmulKernels* (*matmul)(int64_t type);
 
-  // Rows [begin, end) of x, each k floats ldx apart, as int8 records for the quantized matmuls (isa/quantize.h).
-  void (*quantize_rows)(const float* x, int64_t ldx, int64_t k, uint8_t* acts, int64_t begin, int64_t end);
-
-  // The same to the precision of float32, in `planes` records per row: plane p of row i is record p * rows + i. rest: (k,) scratch.
-  void (*quantize_planes)(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end);
+  // Rows [begin, end) of x (rows, k) as int8 records for the quantized matmuls (isa/quantize.h), in `planes` of them for each row
+  // (isa/precise.h): plane p of row i is record p * rows + i. rest: (k,) scratch, or null for one plane.
+  void (*quantize_rows)(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end);
   // Adds up the answers of those planes, (planes * m) rows, into the first m; columns [begin, end), multiples of 16.
   void (*add_planes)(float* y, int64_t ldy, int64_t m, int planes, int64_t begin, int64_t end);
 

@@ -9,8 +9,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../common/check.h"
 #include "kernels.h"
+#include "layers.h"
 #include "scratch.h"
 #include "team.h"
 #include "weights.h"
@@ -79,42 +79,42 @@ Tensor unpack_weight(Tensor tiles, int64_t type, int64_t n, int64_t k) {
   return out;
 }
 
+// x (m, k) as the matmuls of quantized weights take it: each row in `planes` int8 records.
+const uint8_t* int8_records(const float* x, int64_t m, int64_t k, int planes) {
+  uint8_t* records = Scratch::bytes(Scratch::kActs, planes * m * (k + k / 32 * 28));
+  team::share(m, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
+    float* rest = planes > 1 ? Scratch::floats(Scratch::kRows, k) : nullptr;  // this thread's
+    kernels().quantize_rows(x, k, records, m, planes, rest, begin, end);
+  });
+  return records;
+}
+
 // x (m, k) float32, tiles of an (n, k) weight -> (m, n) float32
-Tensor linear(Tensor x, Tensor tiles, int64_t type, int64_t n, std::optional<Tensor> bias) {
+Tensor linear(Tensor x, Tensor tiles, int64_t type, int64_t n, std::optional<Tensor> bias, int64_t planes) {
   const MatmulKernels& kernel = kernels_of("linear", type);
+  STD_TORCH_CHECK(planes >= 1 && planes <= (kernel.dense ? 1 : kMaxPlanes), "linear: ", planes, " planes");
   check_type("linear", "x", x, ScalarType::Float, 2);
   check_type("linear", "tiles", tiles, ScalarType::Byte, 2);
-  const int64_t m = x.size(0), k = x.size(1), bytes = row_bytes("linear", kernel, k), count = (n + 15) / 16;
+  const int64_t m = x.size(0), k = x.size(1), bytes = row_bytes("linear", kernel, k), count = (n + 15) / 16, ld = count * 16;
   STD_TORCH_CHECK(x.is_contiguous() && tiles.is_contiguous(), "linear: x and tiles must be contiguous");
   STD_TORCH_CHECK(tiles.size(0) == count && tiles.size(1) == 16 * bytes, "linear: tiles are not those of a (", n, ", ", k, ") weight");
-  const float* add = nullptr;
-  if (bias) {
-    check_type("linear", "bias", *bias, ScalarType::Float, 1);
-    STD_TORCH_CHECK(bias->size(0) == n && bias->is_contiguous(), "linear: bias is not a contiguous (", n, ")");
-    add = static_cast<const float*>(bias->data_ptr());
-  }
+  if (bias) check_vector("linear", "bias", *bias, ScalarType::Float, n);
   Tensor out = torch::stable::empty({m, n}, ScalarType::Float);
   if (m == 0) return out;
-  const bool whole = n % 16 == 0;  // tiles write 16 columns each: a ragged last one goes through a wider buffer
-  float* y = static_cast<float*>(out.data_ptr());
-  float* wide = whole ? y : Scratch::floats(Scratch::kOut, m * count * 16);
-  const float* from = static_cast<const float*>(x.data_ptr());
-  const uint8_t* acts = static_cast<const uint8_t*>(x.data_ptr());
-  if (!kernel.dense) {
-    uint8_t* records = Scratch::bytes(Scratch::kActs, m * (k + k / 32 * 28));
-    team::share(m, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) { kernels().quantize_rows(from, k, k, records, begin, end); });
-    acts = records;
-  }
-  const uint8_t* packed = static_cast<const uint8_t*>(tiles.data_ptr());
+  const bool in_place = n % 16 == 0 && planes == 1;  // tiles write 16 columns each, and planes rows of their own
+  float *y = data<float>(out), *wide = in_place ? y : Scratch::floats(Scratch::kOut, planes * m * ld);
+  const float* add = bias ? data<float>(*bias) : nullptr;
+  const uint8_t* acts = kernel.dense ? data<uint8_t>(x) : int8_records(data<float>(x), m, k, int(planes));
+  const uint8_t* packed = data<uint8_t>(tiles);
   team::deal((count + 1) / 2, [&](int64_t begin, int64_t end) {
-    const int64_t first = 2 * begin, last = std::min(2 * end, count);
-    kernel.matmul(packed, k, acts, m, wide, count * 16, first, last);
+    const int64_t first = 2 * begin, last = std::min(2 * end, count), stop = std::min(16 * last, n);
+    kernel.matmul(packed, k, acts, planes * m, wide, ld, first, last);
+    if (planes > 1) kernels().add_planes(wide, ld, m, int(planes), 16 * first, 16 * last);
     for (int64_t i = 0; i < m; i++) {
-      float* row = wide + i * count * 16;
-      const int64_t stop = std::min(16 * last, n);
+      float* row = wide + i * ld;
       if (add)
         for (int64_t c = 16 * first; c < stop; c++) row[c] += add[c];
-      if (!whole) std::copy(row + 16 * first, row + stop, y + i * n + 16 * first);
+      if (!in_place) std::copy(row + 16 * first, row + stop, y + i * n + 16 * first);
     }
   });
   return out;

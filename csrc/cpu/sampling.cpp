@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -21,7 +20,7 @@
 namespace ollamapy {
 namespace {
 
-constexpr int64_t kGroup = 256, kLanes = 16, kChunk = 1024, kBuckets = 4096;
+constexpr int64_t kGroup = 256, kLanes = 16, kStretch = 1024, kBuckets = 4096;
 constexpr int64_t kMostRanked = 1024;  // a top_k up to this is ranked at once, without buckets
 constexpr double kMostSpread = 64.0;   // logits further below the best share the last bucket
 
@@ -100,8 +99,8 @@ void rank(Row row, const std::vector<float>& top, int64_t k, std::vector<Token>&
 }
 
 double log_total(Row row, float best) {
-  double weights[kChunk], total = 0.0;
-  for (int64_t i = 0; i < row.n; i += kChunk) total += kernels().exp_weights(row.x + i, std::min(kChunk, row.n - i), best, 1.0, weights);
+  double weights[kStretch], total = 0.0;
+  for (int64_t i = 0; i < row.n; i += kStretch) total += kernels().exp_weights(row.x + i, std::min(kStretch, row.n - i), best, 1.0, weights);
   return best + std::log(total);
 }
 
@@ -163,10 +162,10 @@ class Ranking {
     counts_.assign(kBuckets, 0);
     sums_.assign(kBuckets, {});
     buckets_.resize(row_.n);
-    double mass[kChunk], hot[kChunk];
+    double mass[kStretch], hot[kStretch];
     const double* warm = temperature_ == 1.0 ? mass : hot;
-    for (int64_t i = 0; i < row_.n; i += kChunk) {
-      const int64_t n = std::min(kChunk, row_.n - i);
+    for (int64_t i = 0; i < row_.n; i += kStretch) {
+      const int64_t n = std::min(kStretch, row_.n - i);
       kernels().exp_weights(row_.x + i, n, best_, 1.0, mass);
       if (warm == hot) kernels().exp_weights(row_.x + i, n, best_, temperature_, hot);
       for (int64_t j = 0; j < n; j++) {
@@ -186,8 +185,8 @@ class Ranking {
     for (const Token& token : made.tokens) logits.push_back(token.logit);
     made.mass.resize(logits.size());
     made.hot.resize(logits.size());
-    for (size_t i = 0; i < logits.size(); i += kChunk) {
-      const int64_t n = std::min<int64_t>(kChunk, logits.size() - i);
+    for (size_t i = 0; i < logits.size(); i += kStretch) {
+      const int64_t n = std::min<int64_t>(kStretch, logits.size() - i);
       kernels().exp_weights(logits.data() + i, n, best_, 1.0, made.mass.data() + i);
       kernels().exp_weights(logits.data() + i, n, best_, temperature_, made.hot.data() + i);
     }
@@ -289,16 +288,16 @@ class Ranking {
 
 // From the whole row, in the order of ids.
 Drawn draw_from_all(Row row, float best, double temperature, double uniform) {
-  double weights[kChunk], total = 0.0, sum = 0.0;
+  double weights[kStretch], total = 0.0, sum = 0.0;
   std::vector<double> sums;
-  for (int64_t i = 0; i < row.n; i += kChunk) {
-    sums.push_back(kernels().exp_weights(row.x + i, std::min(kChunk, row.n - i), best, temperature, weights));
+  for (int64_t i = 0; i < row.n; i += kStretch) {
+    sums.push_back(kernels().exp_weights(row.x + i, std::min(kStretch, row.n - i), best, temperature, weights));
     total += sums.back();
   }
   const double target = std::min(uniform * total, std::nextafter(total, 0.0));
   size_t chunk = 0;  // the one in which the running sum passes the target: the last sum is the total
   while (sum + sums[chunk] <= target) sum += sums[chunk++];
-  const int64_t first = chunk * kChunk, n = std::min(kChunk, row.n - first);
+  const int64_t first = chunk * kStretch, n = std::min(kStretch, row.n - first);
   kernels().exp_weights(row.x + first, n, best, temperature, weights);
   Drawn drawn{-1, 0.0};  // inside the chunk the sum is added in another order, and may just not pass it
   for (int64_t i = 0; i < n && (drawn.id < 0 || sum <= target); i++) {

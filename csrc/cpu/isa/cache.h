@@ -25,18 +25,24 @@ INLINE F load_cache(const uint8_t* p) {  // 16 elements; of q8_0 the quants
   else return load((const float*)p);
 }
 
-INLINE uint16_t half_bits(float x) {
+INLINE half_bits float_to_half(float f) {  // round to nearest even
 #if defined(__F16C__)
-  return _cvtss_sh(x, 0);
+  return _cvtss_sh(f, 0);
 #else
-  return float_to_half_bits(x);
-#endif
-}
-INLINE float half_value(uint16_t h) {
-#if defined(__F16C__)
-  return _cvtsh_ss(h);
-#else
-  return half_bits_to_float(h);
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x47800000) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 aligns the mantissa so that the low bits are the half's
+    float a;
+    memcpy(&a, &magnitude, 4);
+    a += 0.5f;
+    uint32_t r;
+    memcpy(&r, &a, 4);
+    return uint16_t(sign | (r - 0x3f000000));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
 #endif
 }
 
@@ -44,8 +50,8 @@ INLINE float half_value(uint16_t h) {
 // so that no value is off by more than half a step. An infinity or a NaN makes the scale that.
 INLINE void quantize_q8_0(const float* x, int8_t q[32], uint16_t* scale) {
   const F low = load(x), high = load(x + 16);
-  *scale = half_bits(top_magnitude(low, high) / 127.0f);
-  const float step = half_value(*scale);
+  *scale = float_to_half(top_magnitude(low, high) / 127.0f);
+  const float step = half_to_float(*scale);
   if (!(step > 0.0f && step < __builtin_inff())) {
     memset(q, 0, 32);
     return;
@@ -79,7 +85,7 @@ INLINE void store_cache(uint8_t* head, int lane, const float* x, int length) {
           memcpy(&b, x + d, 4);
           h = (b & 0x7fffffff) > 0x7f800000 ? uint16_t((b >> 16) | 0x40) : uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);  // NaN stays
         } else {
-          h = half_bits(x[d]);
+          h = float_to_half(x[d]);
         }
         memcpy(at(d), &h, 2);
       }

@@ -4,7 +4,6 @@
 // of values j and j + 16 in its nibbles. So they take 5 or 6 bits a weight, where the file's 1.5 to 4.5 cannot be read at the speed
 // of memory. Codebooks come from `ollamapy.quant.coded` as tables of such numbers.
 #pragma once
-#include "../../common/dequant.h"
 #include "tile.h"
 
 namespace ollamapy::OLLAMAPY_ISA {

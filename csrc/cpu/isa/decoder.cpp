@@ -354,11 +354,7 @@ void norm_rows(const float* x, const float* w, float* y, int64_t n, float eps, i
   for (int64_t i = begin; i < end; i++) rms_norm(x + i * n, w, y + i * n, n, eps);
 }
 
-void quantize_rows(const float* x, int64_t ldx, int64_t k, uint8_t* acts, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i++) quantize_row(x + i * ldx, k, acts + i * activation_bytes(k));
-}
-
-void quantize_rows_planes(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end) {
+void quantize_rows(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) quantize_planes(x + i * k, k, acts, i, rows, planes, rest);
 }
 

@@ -2,8 +2,6 @@
 //
 // Each output is one chain of fused multiply-adds over ascending k, at every M: a row of y does not depend on the others.
 #pragma once
-#include <cstddef>
-
 #include "simd.h"
 
 namespace ollamapy::OLLAMAPY_ISA {

@@ -14,9 +14,8 @@ void embedding_rows(const uint8_t* data, int64_t row_stride, int64_t type, int64
                     int64_t end, float* out);
 
 const MatmulKernels* matmul_kernels(int64_t type);
-void quantize_rows(const float* x, int64_t ldx, int64_t k, uint8_t* acts, int64_t begin, int64_t end);
 void norm_rows(const float* x, const float* w, float* y, int64_t n, float eps, int64_t begin, int64_t end);
-void quantize_rows_planes(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end);
+void quantize_rows(const float* x, int64_t k, uint8_t* acts, int64_t rows, int planes, float* rest, int64_t begin, int64_t end);
 void sum_planes(float* y, int64_t ldy, int64_t m, int planes, int64_t begin, int64_t end);
 void run_decoder(const DecoderRun& run, int index, int count);
 void run_attention(const AttentionRun& run, int index, int count);

@@ -9,14 +9,10 @@ namespace {
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 INLINE Bytes16 bytes16(const uint8_t* p) { Bytes16 r; memcpy(&r, p, 16); return r; }
 INLINE F from_u8(Bytes16 b) { uint8_t a[16]; memcpy(a, &b, 16); return load_u8(a); }
-INLINE F from_s8(Bytes16 b) { uint8_t a[16]; memcpy(a, &b, 16); return load_s8(a); }
 
-INLINE F e8m0_half(const uint8_t* e) {  // 2^(e - 128): half the e8m0 value, because the e2m1 table is doubled
+INLINE F e8m0_halved(const uint8_t* e) {
   float f[16];
-  for (int r = 0; r < 16; r++) {
-    const uint32_t bits = e[r] < 2 ? 0x00200000u << e[r] : uint32_t(e[r] - 1) << 23;
-    memcpy(&f[r], &bits, 4);
-  }
+  for (int r = 0; r < 16; r++) f[r] = e8m0_to_float_halved(e[r]);
   return load(f);
 }
 
@@ -26,7 +22,7 @@ INLINE GroupScales group_scales(const uint8_t* s, int g) {
   GroupScales out;
   if constexpr (T::kFloatScales)
     for (int h = 0; h < (T::kHalves ? 2 : 1); h++) out.scale[h] = load((const float*)s + 16 * h);
-  else if constexpr (std::is_same_v<T, MXFP4>) out.scale[0] = e8m0_half(s);
+  else if constexpr (std::is_same_v<T, MXFP4>) out.scale[0] = e8m0_halved(s);  // the e2m1 table is doubled
   else if constexpr (T::kBlock == 32) {
     out.scale[0] = load_half(s);
     if constexpr (T::kMin) out.min[0] = load_half(s + 32);

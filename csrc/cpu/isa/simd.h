@@ -6,10 +6,11 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include "../../common/dequant.h"
 
 namespace ollamapy::OLLAMAPY_ISA {
 namespace {
@@ -26,8 +27,6 @@ INLINE B load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void store_bytes(void* p, B a) { _mm512_storeu_si512(p, a.v); }
 INLINE B low_nibbles(B a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 INLINE B high_nibbles(B a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
-template <int shift, int mask>
-INLINE B field(B a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, shift), _mm512_set1_epi8(mask))}; }
 // bits [shift, shift + width) of every byte, moved to bit `to`
 template <int shift, int mask, int to>
 INLINE B field_to(B a) {
@@ -69,7 +68,6 @@ INLINE float reduce_add(F a) {
 }
 INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a.v); }
 INLINE F load_bf16(const void* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))}; }
-INLINE void store_half(void* p, F a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
 // keeps lanes [begin, end), sets the others to `other`
 INLINE F keep_lanes(F a, int begin, int end, float other) {
   const uint32_t low = end >= 16 ? 0xffffu : (1u << (end < 0 ? 0 : end)) - 1, high = begin <= 0 ? 0xffffu : begin >= 16 ? 0u : 0xffffu << begin;
@@ -171,10 +169,6 @@ INLINE F load_bf16(const void* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(w)), 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(w, 1)), 16))};
 }
-INLINE void store_half(void* p, F x) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
-}
 INLINE F keep_lanes(F x, int begin, int end, float other) {
   float f[16];
   store(f, x);
@@ -242,17 +236,7 @@ INLINE F to_float(I a) { return {__builtin_convertvector(a.v, f16v)}; }
 INLINE F splat(float a) { return {a - f16v{}}; }
 INLINE F load(const float* p) { F r; memcpy(&r.v, p, 64); return r; }
 INLINE void store(float* p, F a) { memcpy(p, &a.v, 64); }
-INLINE float half_bits_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-  uint32_t bits;
-  float f;
-  if (exponent == 31) bits = sign | 0x7f800000u | (mantissa << 13);
-  else if (exponent) bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-  else { f = float(mantissa) * 0x1p-24f; memcpy(&bits, &f, 4); bits |= sign; }
-  memcpy(&f, &bits, 4);
-  return f;
-}
-INLINE F load_half(const void* p) { uint16_t h[16]; memcpy(h, p, 32); F r; for (int i = 0; i < 16; i++) r.v[i] = half_bits_to_float(h[i]); return r; }
+INLINE F load_half(const void* p) { uint16_t h[16]; memcpy(h, p, 32); F r; for (int i = 0; i < 16; i++) r.v[i] = half_to_float(h[i]); return r; }
 INLINE F load_u8(const void* p) { u8v x; memcpy(&x, p, 16); return {__builtin_convertvector(x, f16v)}; }
 INLINE F load_s8(const void* p) { s8v x; memcpy(&x, p, 16); return {__builtin_convertvector(x, f16v)}; }
 INLINE F mul(F a, F b) { return {a.v * b.v}; }
@@ -264,23 +248,6 @@ INLINE F div(F a, F b) { return {a.v / b.v}; }
 INLINE float reduce_add(F a) { float s = 0; for (int i = 0; i < 16; i++) s += a.v[i]; return s; }
 INLINE float reduce_max(F a) { float s = a.v[0]; for (int i = 1; i < 16; i++) s = a.v[i] > s ? a.v[i] : s; return s; }
 INLINE F load_bf16(const void* p) { uint16_t h[16]; memcpy(h, p, 32); i16v w; for (int i = 0; i < 16; i++) w[i] = int32_t(uint32_t(h[i]) << 16); F r; memcpy(&r.v, &w, 64); return r; }
-INLINE uint16_t float_to_half_bits(float f) {  // round to nearest even
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (magnitude >= 0x47800000) return uint16_t(sign | 0x7c00);
-  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 aligns the mantissa so that the low bits are the half's
-    float a;
-    memcpy(&a, &magnitude, 4);
-    a += 0.5f;
-    uint32_t r;
-    memcpy(&r, &a, 4);
-    return uint16_t(sign | (r - 0x3f000000));
-  }
-  return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
-}
-INLINE void store_half(void* p, F a) { uint16_t h[16]; for (int i = 0; i < 16; i++) h[i] = float_to_half_bits(a.v[i]); memcpy(p, h, 32); }
 INLINE F keep_lanes(F a, int begin, int end, float other) { for (int i = 0; i < 16; i++) if (i < begin || i >= end) a.v[i] = other; return a; }
 INLINE F exp2_scale(F p, F n) {
   for (int i = 0; i < 16; i++) { const float e = n.v[i] < -126.0f ? -126.0f : n.v[i]; const uint32_t b = uint32_t(int32_t(e) + 127) << 23; float one; memcpy(&one, &b, 4); p.v[i] *= one; }

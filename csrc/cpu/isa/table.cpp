@@ -16,7 +16,6 @@ const Kernels kernels = {
     .embedding_rows = embedding_rows,
     .matmul = matmul_kernels,
     .quantize_rows = quantize_rows,
-    .quantize_planes = quantize_rows_planes,
     .add_planes = sum_planes,
     .norm_rows = norm_rows,
     .decoder = run_decoder,

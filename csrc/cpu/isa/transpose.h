@@ -63,26 +63,6 @@ INLINE B split_halves(B x) {
 #endif
 }
 
-// Lanes of four bytes -> the 16 first bytes, then the 16 second ones, and so on.
-INLINE B split_bytes(B x) {
-#if defined(__AVX512VNNI__)
-  const __m512i by_place = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return {_mm512_permutexvar_epi32(lanes, _mm512_shuffle_epi8(x.v, by_place))};
-#elif defined(__AVX2__)
-  const __m256i by_place = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // 8 rows of each place side by side
-  const __m256i a = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x.a, by_place), lanes), b = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x.b, by_place), lanes);
-  const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);  // places 0 and 2, 1 and 3
-  return {_mm256_permute2x128_si256(even, odd, 0x20), _mm256_permute2x128_si256(even, odd, 0x31)};
-#else
-  uint8_t from[64], to[64];
-  memcpy(from, &x.v, 64);
-  for (int i = 0; i < 64; i++) to[i] = from[i % 16 * 4 + i / 16];
-  return load_bytes(to);
-#endif
-}
-
 // Signed bytes -> unsigned, and back.
 INLINE B flip_signs(B x) {
 #if defined(__AVX512VNNI__)
