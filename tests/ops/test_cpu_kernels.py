@@ -50,6 +50,7 @@ X = torch.zeros(2, 64)
 IDS = torch.tensor([0])
 ROWS = make_weight(GGMLType.Q8_0, 20, 2).data
 IQ1 = make_weight(GGMLType.IQ1_S, 20, 1).data
+BYTES = torch.zeros(65536, dtype=torch.uint8)
 
 
 def _tiles(csrc: Any) -> Tensor:
@@ -71,9 +72,15 @@ def _tiles(csrc: Any) -> Tensor:
         (lambda o, t: o.pack_weight(ROWS[:, ::2], Q8, 32), "pack_weight: rows is not contiguous"),
         (lambda o, t: o.pack_weight(ROWS, Q8, 64, IDS.byte()), "pack_weight: a table of another size than 0 bytes"),
         (lambda o, t: o.pack_weight(IQ1, 19, 256), "pack_weight: a table of another size than 32768 bytes"),
-        (lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(32767, dtype=torch.uint8)), "pack_weight: a table of another size"),
+        (
+            lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(32767, dtype=torch.uint8)),
+            "pack_weight: a table of another size",
+        ),
         (lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(32768)), "pack_weight: table has the wrong dtype"),
-        (lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(65536, dtype=torch.uint8)[::2]), "pack_weight: table is not a contiguous"),
+        (
+            lambda o, t: o.pack_weight(IQ1, 19, 256, torch.zeros(65536, dtype=torch.uint8)[::2]),
+            "pack_weight: table is not a contiguous",
+        ),
         (lambda o, t: o.pack_weight(IQ1, 19, 288, None), "pack_weight: rows of 288 weights are not whole blocks of 256"),
         (lambda o, t: o.pack_weight(IQ1, 19, 512, None), "pack_weight: rows have 50 bytes, not 100"),
         (lambda o, t: o.unpack_weight(t, Q8, 40, 64), "unpack_weight: tiles have another shape"),
