@@ -74,8 +74,6 @@ def _remember(values, store, steps, at, live, D: tl.constexpr, PADDED_D: tl.cons
         tl.store(store + at * stride + place, codes.to(tl.int8), live & (place < D))
         tl.store(steps + at * (stride // 2) + D // 2 + g, step, live & (g < D // 32))
     else:
-        if store.dtype.element_ty == tl.float8e4nv:  # the largest is 448; what a conversion makes of more differs by device
-            values = tl.where(values > 448.0, 448.0, tl.where(values < -448.0, -448.0, values))
         tl.store(store + at * D + i[None, :], values.to(store.dtype.element_ty), live & (i < D)[None, :])
 
 

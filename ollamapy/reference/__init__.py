@@ -25,7 +25,7 @@ from ollamapy.gguf.types import GGMLType
 from ollamapy.quant.tensor import QuantTensor
 
 ROW_TILE = 4
-FP8_MOST = 448.0  # the largest float8_e4m3fn; beyond it a conversion makes NaN
+FP8_MOST = 448.0  # the largest float8_e4m3fn; of more NVIDIA's conversion makes this, torch before 2.13 NaN
 Activation = Literal["silu", "gelu_tanh"]
 Gating = Literal["softmax", "sigmoid", "softmax_selected"]
 

@@ -141,9 +141,9 @@ def test_model(name: str, tmp_path: Path) -> None:
 
 
 def test_fp8_cache(tmp_path: Path) -> None:
-    """e4m3 keeps 3 bits behind the first, float16 10: its errors are 2^7 times as large, and so are the logits', which hardly
-    bend within them (half as large again for what they bend, and for chance). The reference says the same but for values that
-    lie in the middle between two of fp8, as far as float32 can tell: one in 10^5, hence one or none of these 10^4."""
+    """e4m3 keeps 3 bits behind the first, float16 10: its errors are 2^7 times as large, and so are the logits' as far as these
+    go straight within them; they bend, for a third to half as much again. The reference says the same but for values that lie
+    in the middle between two of fp8, as far as float32 can tell: one in 10^5, hence one or none of these 10^4."""
     path = write(MODELS["llama"], tmp_path)
     reference = load(path, "reference")
     want, told, tokens = feed(reference), feed(reference, "fp8"), generate(reference, max_tokens=4, kv_dtype="fp8")
@@ -151,8 +151,7 @@ def test_fp8_cache(tmp_path: Path) -> None:
     off = {kind: spread(feed(model, kind), want) for kind in ("f16", "fp8")}
     assert 2**7 / 3 < off["fp8"] / off["f16"] < 2**7 * 1.5, off
     assert spread(feed(model, "fp8"), told) < off["fp8"] / 8
-    recorded = generate(model, device=Emulated(), max_tokens=4, kv_dtype="fp8")
-    assert recorded == generate(model, max_tokens=4, kv_dtype="fp8") == tokens
+    assert generate(model, device=Emulated(), max_tokens=4, kv_dtype="fp8") == tokens  # recorded from the third on
 
 
 def spread(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:

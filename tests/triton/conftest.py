@@ -38,7 +38,8 @@ def round_float8() -> None:
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
         if source == tl.float32 and target == tl.float8e4nv:
-            return torch.from_numpy(np.array(values)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+            within = torch.from_numpy(np.array(values)).clamp(-448.0, 448.0)  # as NVIDIA's instruction saturates
+            return within.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return convert(values, source, target, mode)
 
     interpreter._convert_float = rounded
