@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ollamapy import ops
 from ollamapy.engine.grammar import Grammar, constrain
 from ollamapy.engine.grammars import Grammars
 from ollamapy.gguf.reader import GGUFFile
@@ -76,7 +77,10 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads; microseconds per token: mean, 99 of 100")
+    ops.choose(torch.device("cpu"))
+    num_threads = torch.get_num_threads()
+    ops.set_threads(num_threads)
+    print(f"{num_threads} threads; microseconds per token: mean, 99 of 100")
     for path in arguments.models:
         with GGUFFile.open(path) as file:
             tokenizer = Tokenizer.from_gguf(file.metadata)

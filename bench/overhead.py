@@ -1,7 +1,8 @@
 """What one user loses between the engine and the terminal: tokens/s and processor time per token, one after the other.
 
 `python -m bench.overhead MODEL`. The same requests to an engine of this process that nothing is around, to the daemon by
-HTTP, and by `run --verbose`, in turns on one machine: what the hour does to one it does to all.
+HTTP, and by `run --verbose`, in turns on one machine: what the hour does to one it does to all. Nothing is guessed ahead: how much
+an answer repeats itself would decide.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Alone:
             self._tokenizer = Tokenizer.from_gguf(normalise(file.metadata, file.tensors)[0])
 
     def __call__(self, number: int) -> Sample:
-        options = Options(num_predict=TOKENS, seed=number)
+        options = Options(num_predict=TOKENS, seed=number, speculation="off")
         params: SamplingParams = sampling(options, self._tokenizer, (), servers.CONTEXT)
         engine = self._bench.engine
         engine.add(-1 - number, self._tokenizer.encode(self._rendered(number), add_special=True), params)
@@ -123,7 +124,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=6)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, servers.ours(Path(folder) / "home", args.model, args.threads) as running:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        servers.ours(Path(folder) / "home", args.model, args.threads, OLLAMAPY_SPECULATION="off") as running,
+    ):
         alone = Alone(args.model, args.threads, running)
         ways: list[Callable[[int], Sample]] = [
             alone,

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from bench.cpu import MODELS, model_path
+from bench.servers import PLAIN, PLAIN_GO, chat_template
 from bench.stalls import long_prompt
 from bench.table import align
 from ollamapy.lifecycle.devices import physical_cores
@@ -36,7 +37,8 @@ class Home:
     def __init__(self, folder: Path, path: Path, threads: int) -> None:
         self._folder, self._cache = folder, folder / "cache"
         self._modelfile = folder / "Modelfile"
-        self._modelfile.write_text(f"FROM {path}\nPARAMETER num_thread {threads}\n")
+        plain = PLAIN_GO if chat_template(path) == PLAIN else ""
+        self._modelfile.write_text(f"FROM {path}\n{plain}PARAMETER num_thread {threads}\n")
 
     def ask(self, systems: list[str], cache_bytes: str) -> list[dict[str, Any]]:
         """Starts, loads the model with another prompt, asks with each system prompt, waits for the files, ends."""
