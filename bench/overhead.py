@@ -1,8 +1,8 @@
 """What one user loses between the engine and the terminal: tokens/s and processor time per token, one after the other.
 
 `python -m bench.overhead MODEL`. The same requests to an engine of this process that nothing is around, to the daemon by
-HTTP, and by `run --verbose`, in turns on one machine: what the hour does to one it does to all. Nothing is guessed ahead: how much
-an answer repeats itself would decide.
+HTTP, and by `run --verbose`, in turns on one machine: what the hour does to one it does to all. Nothing is guessed ahead, or
+it would matter how much an answer repeats itself.
 """
 
 from __future__ import annotations

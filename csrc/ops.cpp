@@ -49,6 +49,8 @@ STABLE_TORCH_LIBRARY(ollamapy, m) {
   m.def("largest(Tensor logits, int count) -> (Tensor, Tensor)");
   // log(sum(exp(row))) (n) float64; NaN for a row with a NaN or a positive infinity.
   m.def("log_totals(Tensor logits) -> Tensor");
+  // Minus infinity in rows[i] of logits (n, V) float32 where bit v % 32 of word v / 32 of bits[i], int32, is 0.
+  m.def("forbid(Tensor(a!) logits, Tensor rows, Tensor bits) -> ()");
   // One token of each row: cuts (n, 5) float64 are temperature, top_k, top_p, min_p and the number in [0, 1) that decides. Ids (n)
   // int64, -1 where a row is not finite, and their probabilities among the tokens kept (n) float64.
   m.def("draw(Tensor logits, Tensor cuts) -> (Tensor, Tensor)");

@@ -33,6 +33,11 @@ def log_totals(logits: Tensor) -> Floats:
     return totals
 
 
+def forbid(logits: Tensor, rows: Sequence[int], bits: NDArray[np.int32]) -> None:
+    """As `reference.sampling.forbid`."""
+    _kernels().forbid(logits, torch.tensor(rows, dtype=torch.int64), torch.from_numpy(bits))
+
+
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[Ids, Floats]:
     """As `reference.sampling.draw`. Rows with typical_p or XTC, which keep no head of the ranking, go there."""
     ranked = [p.typical_p >= 1.0 and p.xtc_probability <= 0.0 for p in params]

@@ -279,6 +279,11 @@ def edit(logits: Tensor, edits: Edits) -> None:
     _choice.fn["edit"](logits, edits)
 
 
+def forbid(logits: Tensor, rows: Sequence[int], bits: NDArray[np.int32]) -> None:
+    """Minus infinity for the tokens of rows whose bits are 0, in place: see `reference.sampling.forbid`."""
+    _choice.fn["forbid"](logits, rows, bits)
+
+
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[Ids, Floats]:
     """One token of each row: see `reference.sampling.draw`."""
     out: tuple[Ids, Floats] = _choice.fn["draw"](logits, params, uniforms)

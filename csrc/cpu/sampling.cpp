@@ -1,4 +1,4 @@
-// Sampling from rows of logits: the likeliest tokens, totals, one token drawn. Bindings and selection; the passes over whole rows
+// Sampling from rows of logits: the likeliest tokens, totals, masks, one token drawn. Bindings and selection; the passes over whole rows
 // are in isa/sampling.cpp.
 //
 // Tokens are ranked by logit, the lower id first among equals. Everything here is a function of one row: threads take whole
@@ -321,6 +321,21 @@ Drawn draw_row(Row row, const Cuts& cuts) {
   return Ranking(row, best, top, cuts).draw(cuts);
 }
 
+// The n <= 32 logits of a word of a mask: a grammar's words are all ones or all zeros, but for a few bits.
+void forbid_word(float* x, int64_t n, uint32_t allowed) {
+  const uint32_t all = n < 32 ? (1u << n) - 1 : ~0u;
+  allowed &= all;
+  if (allowed == all) return;
+  if (__builtin_popcount(allowed) > 16) {
+    for (uint32_t left = all & ~allowed; left; left &= left - 1) x[__builtin_ctz(left)] = -INFINITY;
+    return;
+  }
+  float kept[32];
+  for (uint32_t left = allowed; left; left &= left - 1) kept[__builtin_ctz(left)] = x[__builtin_ctz(left)];
+  std::fill(x, x + n, -INFINITY);
+  for (uint32_t left = allowed; left; left &= left - 1) x[__builtin_ctz(left)] = kept[__builtin_ctz(left)];
+}
+
 void check_logits(const char* op, const Tensor& logits) {
   check_type(op, "logits", logits, ScalarType::Float, 2);
   check_contiguous_rows(op, "logits", logits);
@@ -366,6 +381,28 @@ Tensor log_totals(Tensor logits) {
   return out;
 }
 
+void forbid(Tensor logits, Tensor rows, Tensor bits) {
+  check_logits("forbid", logits);
+  const int64_t n = rows.numel(), size = logits.size(1), words = (size + 31) / 32;
+  check_vector("forbid", "rows", rows, ScalarType::Long, n);
+  check_type("forbid", "bits", bits, ScalarType::Int, 2);
+  STD_TORCH_CHECK(bits.size(0) == n && bits.size(1) >= words && bits.is_contiguous(), "forbid: bits is not a contiguous (", n, ", ", words, " or more)");
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t row = data<int64_t>(rows)[i];
+    STD_TORCH_CHECK(row >= 0 && row < logits.size(0), "forbid: row ", row, " of ", logits.size(0));
+  }
+  constexpr int64_t kPiece = 2048;  // words: what a thread does in some 10 us
+  const int64_t pieces = (words + kPiece - 1) / kPiece;
+  team::share(n * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t i = item / pieces, first = item % pieces * kPiece;
+      float* x = data<float>(logits) + data<int64_t>(rows)[i] * logits.stride(0);
+      const int32_t* allowed = data<int32_t>(bits) + i * bits.size(1);
+      for (int64_t w = first; w < std::min(first + kPiece, words); w++) forbid_word(x + 32 * w, std::min<int64_t>(32, size - 32 * w), allowed[w]);
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor> draw(Tensor logits, Tensor cuts) {
   check_logits("draw", logits);
   check_type("draw", "cuts", cuts, ScalarType::Double, 2);
@@ -389,6 +426,7 @@ std::tuple<Tensor, Tensor> draw(Tensor logits, Tensor cuts) {
 STABLE_TORCH_LIBRARY_IMPL(ollamapy, CPU, m) {
   m.impl("largest", TORCH_BOX(&largest));
   m.impl("log_totals", TORCH_BOX(&log_totals));
+  m.impl("forbid", TORCH_BOX(&forbid));
   m.impl("draw", TORCH_BOX(&draw));
 }
 

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ollamapy.engine.transfer import sent
+from ollamapy import ops
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -74,8 +73,7 @@ class Grammar:
 def constrain(logits: Tensor, grammars: Sequence[Grammar | None]) -> None:
     """Puts minus infinity where a row's grammar forbids the token; logits (n, V) float32, None: a row without a grammar.
 
-    On a GPU the masks are made while the forward pass still runs: nothing here waits for it. A mask takes 11 us on
-    average at 49,152 tokens and 16 us at 262,144; applying it 30 us and 150 us.
+    On a GPU the masks are made while the forward pass still runs: nothing here waits for it.
     """
     held = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None and not grammar.sleeps]
     if not held:
@@ -85,7 +83,4 @@ def constrain(logits: Tensor, grammars: Sequence[Grammar | None]) -> None:
     bits = np.zeros((len(held), width), dtype=np.int32)
     for own, (_, grammar) in zip(bits, held, strict=True):
         grammar.allowed(own[: grammar.num_words])
-    forbidden = np.unpackbits(~bits.view(np.uint8), axis=1, count=size, bitorder="little").view(np.bool_)
-    where = sent(torch.from_numpy(forbidden), logits.device)
-    for (row, _), mask in zip(held, where, strict=True):
-        logits[row].masked_fill_(mask, -math.inf)
+    ops.forbid(logits, [row for row, _ in held], bits)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ollamapy.engine.protocol import Event, Step
 from ollamapy.lifecycle.wire import encode
 
-INTERVAL = 0.008  # seconds: half a frame of a screen
+INTERVAL = 0.016  # seconds: a frame of a screen
 
 
 class Outbox:

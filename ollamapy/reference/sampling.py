@@ -1,4 +1,5 @@
-"""Sampling's ops on rows of logits: changes, the likeliest tokens, totals, one token drawn. Knows no sequence and no grammar.
+"""Sampling's ops on rows of logits: changes, masks, the likeliest tokens, totals, one token drawn. Knows no sequence and no
+grammar.
 
 The order is total: higher logit first, lower token id first among equals. So a row's candidates do not depend on how many
 are asked for, on the rows beside it, or on the device's way to break ties. No row is sorted that a part of it can decide.
@@ -72,6 +73,14 @@ def edit(logits: Tensor, edits: Edits) -> None:
             logits.index_fill_(1, edits.never[begin:end], -math.inf)
         else:
             logits[sent(torch.from_numpy(same), device).unsqueeze(1), edits.never[begin:end]] = -math.inf
+
+
+def forbid(logits: Tensor, rows: Sequence[int], bits: NDArray[np.int32]) -> None:
+    """Puts minus infinity into each of the rows (h,) of logits (n, V) float32, in place, where bit v % 32 of word v // 32 of
+    its bits (h, at least V / 32) is 0. Waits for no device."""
+    forbidden = np.unpackbits(~bits.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    for row, mask in zip(rows, sent(torch.from_numpy(forbidden), logits.device), strict=True):
+        logits[row].masked_fill_(mask, -math.inf)
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> tuple[Ids, Floats]:

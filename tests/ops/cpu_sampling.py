@@ -128,5 +128,22 @@ def check_views() -> None:
     assert cpu_sampling.largest(wide[:0, :300], 3)[0].shape == (0, 3)
 
 
+def check_forbid() -> None:
+    """Words of any, few, most, no and all bits, for some rows of six that stand apart."""
+    rng = np.random.default_rng(5)
+    for size in SIZES:
+        any_bits, second, third = rng.integers(-(2**31), 2**31, (3, 4, -(-size // 32) + 2)).astype(np.int32)
+        few, most = any_bits & second & third, any_bits | second | third
+        kinds = [any_bits, few, most, np.zeros_like(few), np.full_like(few, -1)]
+        words = np.choose(rng.integers(5, size=few.shape), kinds)
+        ours = torch.randn(6, size + 37)
+        expected = ours.clone()
+        cpu_sampling.forbid(ours[:, :size], [4, 0, 2, 5], words)
+        sampling.forbid(expected[:, :size], [4, 0, 2, 5], words)
+        assert torch.equal(ours, expected), size
+        cpu_sampling.forbid(ours, [], words[:0])
+        assert torch.equal(ours, expected)
+
+
 def checks() -> list[Callable[[], Any]]:
-    return [check_largest, check_log_totals, check_draw, check_rows_alone, check_not_finite, check_views]
+    return [check_largest, check_log_totals, check_draw, check_rows_alone, check_not_finite, check_views, check_forbid]
