@@ -9,8 +9,6 @@ namespace ollamapy {
 using half_bits = uint16_t;
 using bfloat_bits = uint16_t;
 
-constexpr int kSuper = 256;  // weights in a super-block
-
 struct BlockF32 { float d; };
 struct BlockF16 { half_bits d; };
 struct BlockBF16 { bfloat_bits d; };

@@ -152,9 +152,9 @@ bool start_helper() {
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   pthread_t id;
-  const int failed = forked ? forked : pthread_create(&id, nullptr, helper, birth);
+  const int error = forked ? forked : pthread_create(&id, nullptr, helper, birth);
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (failed) {
+  if (error) {
     delete birth;
     return false;
   }

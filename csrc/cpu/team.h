@@ -6,7 +6,6 @@
 // away by leaving threads out of runs while they cost more than they bring.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 namespace ollamapy::team {
 

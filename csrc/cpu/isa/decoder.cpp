@@ -80,9 +80,9 @@ struct Jobs {
   }
   void run_pairs(const Job& job, int64_t begin, int64_t end) const {
     const Weight& w = *job.w;
-    const int64_t tiles = w.tile_count(), first = 2 * begin, last = 2 * end < tiles ? 2 * end : tiles, count = planes(job);
-    w.kernels->matmul(job.tiles, w.k, job.acts, job.m * count, job.y, ldy, first, last);
-    if (count > 1) add_planes(job.y, ldy, job.m, int(count), 16 * first, 16 * last);
+    const int64_t tiles = w.tile_count(), first = 2 * begin, last = 2 * end < tiles ? 2 * end : tiles;
+    w.kernels->matmul(job.tiles, w.k, job.acts, job.m * planes(job), job.y, ldy, first, last);
+    if (planes(job) > 1) add_planes(job.y, ldy, job.m, planes(job), 16 * first, 16 * last);
     if (!w.bias) return;
     for (int64_t i = 0; i < job.m; i++)
       for (int64_t c = 16 * first; c < 16 * last && c < w.n; c++) job.y[i * ldy + c] += w.bias[c];
