@@ -146,3 +146,8 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("draw_on_device", "reference", device_sampling.draw, _anywhere),
     Kernel("tell_on_device", "reference", device_sampling.told, _anywhere),
 )
+
+
+def kernels_for(op: str) -> list[Kernel]:
+    """The candidates of an op, best first."""
+    return [kernel for kernel in TABLE if kernel.op == op]

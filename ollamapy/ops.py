@@ -29,6 +29,7 @@ from ollamapy.kernel import Kernel as Kernel
 from ollamapy.kernel import Place as Place
 from ollamapy.kernel import Weight as Weight
 from ollamapy.kernel_table import FAMILIES, TABLE
+from ollamapy.kernel_table import kernels_for as kernels_for
 from ollamapy.quant.tensor import QuantTensor
 from ollamapy.reference import Activation as Activation
 from ollamapy.reference import Routing as Routing
@@ -48,11 +49,6 @@ def stack(layers: Sequence[DecoderLayer]) -> Any | None:
     if made:
         log.info("layers run op by op (%s)", made)
     return None
-
-
-def kernels_for(op: str) -> list[Kernel]:
-    """The candidates of an op, best first."""
-    return [kernel for kernel in TABLE if kernel.op == op]
 
 
 @dataclass(slots=True)
@@ -152,8 +148,7 @@ def _compiled() -> bool:
 
 
 def chosen() -> dict[str, str]:
-    """op -> implementation in force on the device whose turn it is; of ops on weights, those of the weights prepared since
-    `choose`."""
+    """op -> implementation in force on this device; of ops on weights, those of the weights prepared since `choose`."""
     return dict(sorted(_choice.resolved[_choice.device.type].chosen.items()))
 
 

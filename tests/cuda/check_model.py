@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ollamapy import cuda_kernels, ops, reference
+from ollamapy import cuda_kernels, kernel_table, reference
 from ollamapy.gguf.types import GGMLType
 from ollamapy.kernel import Kernel
 from ollamapy.models.decoder import Decoder
@@ -62,8 +62,8 @@ def served(kernel: Kernel) -> Kernel:
 @pytest.fixture(autouse=True)
 def _on_this_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's rows of the table instead of the CPU's."""
-    kept = [kernel for kernel in ops.TABLE if kernel.family != "csrc" or kernel.devices == ("cuda",)]
-    monkeypatch.setattr(ops, "TABLE", tuple(map(served, kept)))
+    kept = [kernel for kernel in kernel_table.TABLE if kernel.family != "csrc" or kernel.devices == ("cuda",)]
+    monkeypatch.setattr(kernel_table, "TABLE", tuple(map(served, kept)))
 
 
 def model_of(name: str, folder: Path, kernels: str) -> Decoder:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ollamapy import ops
+from ollamapy import kernel_table, ops
 from ollamapy.errors import UnsupportedModel
 from ollamapy.gguf.types import GGMLType
+from ollamapy.kernel_table import kernels_for
 from ollamapy.ops import Kernel
 from ollamapy.quant.tensor import QuantTensor
 from tests.ops.tensors import float32
@@ -26,12 +27,12 @@ def _restore() -> Iterator[None]:
 
 
 def _add(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel) -> None:
-    monkeypatch.setattr(ops, "TABLE", (*kernels, *ops.TABLE))
+    monkeypatch.setattr(kernel_table, "TABLE", (*kernels, *kernel_table.TABLE))
 
 
 def test_every_op_has_a_reference_that_runs_anywhere() -> None:
-    for op in {kernel.op for kernel in ops.TABLE}:
-        last = ops.kernels_for(op)[-1]
+    for op in {kernel.op for kernel in kernel_table.TABLE}:
+        last = kernels_for(op)[-1]
         assert last.family == "reference", op
         assert last.needs(ops.Place(torch.device("meta"), GGMLType.F32)) == "", op
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ollamapy import ops, reference
 from ollamapy.gguf.types import GGMLType
-from ollamapy.ops import Kernel, Place, kernels_for
+from ollamapy.kernel_table import kernels_for
+from ollamapy.ops import Kernel, Place
 from ollamapy.quant.tensor import QuantTensor
 
 
