@@ -52,13 +52,13 @@ def log_totals(logits: Tensor) -> Floats:
 
 def edit(logits: Tensor, edits: Edits) -> None:
     """Changes single logits (n, V) float32, in place: see `Edits`. Waits for no device."""
-    device = logits.device
-    lengths = np.diff(edits.bounds, axis=1)
-    rows, kinds = np.repeat(edits.rows, lengths.sum(1)), np.repeat(np.tile(np.arange(3), len(lengths)), lengths.ravel())
-    for kind in range(3):
-        own = np.flatnonzero(kinds == kind)
-        if not len(own):
-            continue
+    device, bounds = logits.device, edits.bounds
+    lengths = bounds[:, 1:] - bounds[:, :-1]
+    rows = np.repeat(edits.rows, bounds[:, 3] - bounds[:, 0])
+    for kind in np.flatnonzero(lengths.any(0)).tolist():
+        own: slice | NDArray[np.int64] = slice(None)
+        if lengths[:, kind].sum() < len(rows):
+            own = np.concatenate([np.arange(begin, end) for begin, end in bounds[:, kind : kind + 2].tolist()])
         at, ids = (sent(torch.from_numpy(each[own].astype(np.int64)), device) for each in (rows, edits.ids))
         values, found = edits.values[own], logits[at, ids]
         if kind == 1:
