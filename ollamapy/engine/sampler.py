@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ollamapy import ops
 from ollamapy.engine import filters, mirostat
-from ollamapy.engine.edits import Editor
+from ollamapy.engine.editor import Editor
 from ollamapy.engine.filters import Floats, Ids
 from ollamapy.engine.grammar import constrain
 from ollamapy.engine.protocol import TokenLogprob

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ollamapy import ops
 from ollamapy.engine import dry
-from ollamapy.engine.edits import Editor, Edits
+from ollamapy.engine.editor import Editor
+from ollamapy.engine.edits import Edits
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.engine.sequence import Sequence
 

@@ -15,7 +15,7 @@ import torch
 
 from ollamapy import ops
 from ollamapy.engine.device_sampler import DeviceSampler
-from ollamapy.engine.edits import Editor
+from ollamapy.engine.editor import Editor
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.engine.sampler import Sampler
 from ollamapy.engine.sequence import Sequence

@@ -32,7 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ollamapy.engine.batch import LayerState
-from ollamapy.engine.edits import Editor
+from ollamapy.engine.editor import Editor
 from ollamapy.engine.protocol import SamplingParams
 from ollamapy.engine.sequence import Sequence
 from ollamapy.gguf.types import GGMLType
