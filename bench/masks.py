@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from ollamapy import ops
-from ollamapy.engine.grammar import Grammar, constrain
+from ollamapy.engine.grammar import Grammar
 from ollamapy.engine.grammars import Grammars
+from ollamapy.engine.sampler import constrain
 from ollamapy.gguf.reader import GGUFFile
 from ollamapy.lifecycle.worker import read_vocabulary
 from ollamapy.tokenizer import Tokenizer

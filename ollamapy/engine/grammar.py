@@ -7,14 +7,10 @@ touch it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-
-from ollamapy import ops
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -68,19 +64,3 @@ class Grammar:
         if self._matcher.is_error():
             self.error = f"the grammar cannot go on: {self._matcher.get_error().splitlines()[0]}"
         return bool(self.error)
-
-
-def constrain(logits: Tensor, grammars: Sequence[Grammar | None]) -> None:
-    """Puts minus infinity where a row's grammar forbids the token; logits (n, V) float32, None: a row without a grammar.
-
-    On a GPU the masks are made while the forward pass still runs: nothing here waits for it.
-    """
-    held = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None and not grammar.sleeps]
-    if not held:
-        return
-    size = logits.shape[1]  # a model may have rows without a token, or tokens without a row
-    width = max(math.ceil(size / 32), *(grammar.num_words for _, grammar in held))
-    bits = np.zeros((len(held), width), dtype=np.int32)
-    for own, (_, grammar) in zip(bits, held, strict=True):
-        grammar.allowed(own[: grammar.num_words])
-    ops.forbid(logits, [row for row, _ in held], bits)

@@ -18,7 +18,7 @@ from ollamapy import ops
 from ollamapy.engine import filters, mirostat
 from ollamapy.engine.editor import Editor
 from ollamapy.engine.filters import Floats, Ids
-from ollamapy.engine.grammar import constrain
+from ollamapy.engine.grammar import Grammar
 from ollamapy.engine.protocol import TokenLogprob
 from ollamapy.engine.sequence import Result, Sequence
 
@@ -52,6 +52,22 @@ class Sampler:
         if edits is not None:
             ops.edit(logits, edits)
         constrain(logits, [seq.grammar for seq in sequences])
+
+
+def constrain(logits: Tensor, grammars: ListLike[Grammar | None]) -> None:
+    """Puts minus infinity where a row's grammar forbids the token; logits (n, V) float32, None: a row without a grammar.
+
+    On a GPU the masks are made while the forward pass still runs: nothing here waits for it.
+    """
+    held = [(row, grammar) for row, grammar in enumerate(grammars) if grammar is not None and not grammar.sleeps]
+    if not held:
+        return
+    size = logits.shape[1]  # a model may have rows without a token, or tokens without a row
+    width = max(math.ceil(size / 32), *(grammar.num_words for _, grammar in held))
+    bits = np.zeros((len(held), width), dtype=np.int32)
+    for own, (_, grammar) in zip(bits, held, strict=True):
+        grammar.allowed(own[: grammar.num_words])
+    ops.forbid(logits, [row for row, _ in held], bits)
 
 
 def failure(seq: Sequence) -> Result:

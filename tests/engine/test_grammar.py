@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from ollamapy.engine.grammar import Grammar, Vocabulary, constrain
+from ollamapy.engine.grammar import Grammar, Vocabulary
 from ollamapy.engine.grammars import Grammars
+from ollamapy.engine.sampler import constrain
 from ollamapy.errors import EngineError
 from tests.engine.fake import VOCAB, Answer, Run, alone
 
