@@ -30,7 +30,8 @@ OPS: dict[str, str] = {
     "plan_attention": "attention_plan.plan",
     "attention": "attention.attention",
     "draw_on_device": "sampling.draw",
-    "edit": "sampling.edit",
+    "edit": "edits.edit",
+    "forbid": "edits.forbid",
     "tell_on_device": "sampling.told",
 }
 """op -> file.function"""

@@ -1,5 +1,5 @@
-"""Sampling on the device: the host sampler's token of each row, without a sort of the vocabulary. A launch each for changes of
-single logits, for the draw, and for what logprobs are made of.
+"""Sampling on the device: the host sampler's token of each row, without a sort of the vocabulary. A launch each for the draw
+and for what logprobs are made of.
 
 A row is one program's, so its token depends on its logits, parameters and uniform number alone. Tokens are ranked by keys of 64
 bits, the logit's order above and the token id below (the lower first among equals). The k likeliest are found by a radix search
@@ -12,21 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ollamapy.engine.edits import Edits
 from ollamapy.engine.filters import Floats
 from ollamapy.engine.protocol import SamplingParams
-from ollamapy.engine.transfer import sent
 from ollamapy.reference import device_sampling
 from ollamapy.triton_kernels import tuning
 
 BLOCK = 4096  # logits at a time when the likeliest are told; for draws see `tuning`
-EDITED = 512  # tokens of a list at a time
 FEW, CANDIDATES = 64, 1024  # tokens that are sorted: with a top_k up to FEW, and otherwise
 MOST_IDS = 1 << 20  # tokens of a vocabulary: a key is 32 bits of order and 20 bits of 1048575 - id
 
@@ -229,35 +225,6 @@ def tell_kernel(logits, rows, tokens, held, told, size, count, BLOCK: tl.constex
     tl.store(told + 2 + count + slot, _id(key).to(tl.float64), slot < count)
 
 
-@triton.jit
-def edit_kernel(logits, heads, ids, values, never, size, stride, BLOCK: tl.constexpr):
-    """heads (m, 12) int32: row; where biases, penalties and DRY begin and end (4); where ids of `never` begin and end (2);
-    repeat, -frequency and -presence (float32); two for alignment. values: float32. A list is done before the next begins."""
-    heads += tl.program_id(0) * 12
-    logits += tl.load(heads).to(tl.int64) * stride
-    repeat = tl.load(heads + 7).to(tl.float32, bitcast=True)
-    frequency = tl.load(heads + 8).to(tl.float32, bitcast=True)
-    presence = tl.load(heads + 9).to(tl.float32, bitcast=True)
-    for kind in tl.static_range(3):
-        end = tl.load(heads + 2 + kind)
-        for base in range(tl.load(heads + 1 + kind), end, BLOCK):
-            i = base + tl.arange(0, BLOCK)
-            token = tl.load(ids + i, i < end, other=0)
-            value = tl.load(values + i, i < end, other=0).to(tl.float32, bitcast=True)
-            real = (i < end) & (token < size)
-            x = tl.load(logits + token, real, other=0.0)
-            if kind == 1:
-                x = tl.where(x <= 0.0, x * repeat, tl.div_rn(x, repeat))
-                value = value * frequency + presence
-            tl.store(logits + token, x + value, real)
-        tl.debug_barrier()
-    end = tl.load(heads + 6)
-    for base in range(tl.load(heads + 5), end, BLOCK):
-        i = base + tl.arange(0, BLOCK)
-        token = tl.load(never + i, i < end, other=0)
-        tl.store(logits + token, tl.full((BLOCK,), float("-inf"), tl.float32), i < end)
-
-
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Floats) -> Tensor:
     """Ids (n,) int64 of rows (n, V) float32, see `ollamapy.reference.device_sampling.draw`: one copy and one launch."""
     rows, size = logits.shape
@@ -284,17 +251,3 @@ def told(logits: Tensor, rows: Tensor, tokens: Tensor, count: int) -> Tensor:
     args = (logits.contiguous(), rows, tokens, held, found, size, count)
     tell_kernel[(asked,)](*args, BLOCK=BLOCK, CANDIDATES=width, num_warps=16)
     return found
-
-
-def edit(logits: Tensor, edits: Edits) -> None:
-    """Changes single logits, see `Edits`: one copy and one launch. Products are not rounded together with the sums after them:
-    the bits are the host's."""
-    rows, free = len(edits.rows), -len(edits.ids) % 4
-    heads = np.zeros((rows, 12), dtype=np.int32)
-    heads[:, 0], heads[:, 1:5], heads[:, 5:7] = edits.rows, edits.bounds, edits.spans
-    heads[:, 7:10] = edits.factors.view(np.int32)
-    parts = (heads.ravel(), edits.ids, np.zeros(free, dtype=np.int32), edits.values.view(np.int32))
-    packed = sent(torch.from_numpy(np.concatenate(parts)), logits.device)
-    ids, values = heads.size, heads.size + len(edits.ids) + free  # multiples of 4: 16 bytes, as compiled once for all
-    args = (logits, packed, packed[ids:], packed[values:], edits.never, logits.shape[1], logits.stride(0))
-    edit_kernel[(rows,)](*args, BLOCK=EDITED, num_warps=4, enable_fp_fusion=False)

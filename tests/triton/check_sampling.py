@@ -21,6 +21,7 @@ from ollamapy.engine.sampler import Sampler
 from ollamapy.engine.sequence import Sequence
 from ollamapy.reference import device_sampling
 from ollamapy.reference import sampling as host
+from ollamapy.triton_kernels import edits as changes
 from ollamapy.triton_kernels import sampling, tuning
 from tests.engine.test_edits import awkward_logits, some_sequences
 
@@ -124,7 +125,7 @@ def test_told_of_rows_that_are_not_finite() -> None:
 @pytest.mark.parametrize(("count", "size"), [(1, 11), (9, SIZE), (33, 4097)])
 def test_edits_are_the_host_s(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit. Lists longer than a block, lists that meet, empty ones, rows without any."""
-    monkeypatch.setattr(sampling, "EDITED", 16)
+    monkeypatch.setattr(changes, "EDITED", 16)
     rng = random.Random(3 * size)
     sequences, logits = some_sequences(rng, count, size), awkward_logits(rng, count, size)
     for seq in sequences:
@@ -135,7 +136,7 @@ def test_edits_are_the_host_s(count: int, size: int, monkeypatch: pytest.MonkeyP
     assert edits is not None
     want = logits.clone()
     with np.errstate(all="ignore"):
-        sampling.edit(logits, edits)
+        changes.edit(logits, edits)
     host.edit(want, edits)
     torch.testing.assert_close(logits, want, rtol=0, atol=0, equal_nan=True)
 
@@ -146,10 +147,25 @@ def test_edits_leave_other_memory_alone() -> None:
     tokens, logits = array("q", [3, 31, 33]), whole[:, :32]
     edits = Editor().of([Sequence(0, tokens, SamplingParams(presence_penalty=2.0), 99)] * 2, logits)
     assert edits is not None
-    sampling.edit(logits, edits)
+    changes.edit(logits, edits)
     want = torch.zeros(3, 64)
     want[:2, [3, 31]] = -2.0
     assert torch.equal(whole, want)
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, SIZE, 1024, 2100])
+def test_masks_are_the_host_s(size: int) -> None:
+    """Of some rows, which lie apart, by words of any, no and all bits; more words than logits. NaN stays where it may."""
+    rng = np.random.default_rng(size)
+    whole = torch.randn(5, size + 9, generator=torch.Generator().manual_seed(size))
+    whole[3, : size // 2] = math.nan
+    bits = rng.integers(-(2**31), 2**31, (3, -(-size // 32) + 1)).astype(np.int32)
+    bits[rng.random(bits.shape) < 0.3] = 0
+    bits[rng.random(bits.shape) < 0.3] = -1
+    want = whole.clone()
+    changes.forbid(whole[:, :size], [3, 0, 4], bits)
+    host.forbid(want[:, :size], [3, 0, 4], bits)
+    torch.testing.assert_close(whole, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_step_is_the_host_s() -> None:
@@ -161,7 +177,7 @@ def test_a_step_is_the_host_s() -> None:
         seq.params = msgspec.structs.replace(seq.params, logprobs=(-1, 0, 4)[row % 3], top_k=(40, 0)[row % 2], temperature=0.9)
     try:
         ops.choose(torch.device("cpu"), "triton")
-        assert all(ops.chosen()[op] == "triton" for op in ("edit", "draw_on_device", "tell_on_device"))
+        assert all(ops.chosen()[op] == "triton" for op in ("edit", "forbid", "draw_on_device", "tell_on_device"))
         got = DeviceSampler(Sampler(), lambda tensor: lambda: tensor).start(logits.clone(), sequences).results()
         ops.choose(torch.device("cpu"), "reference")
         want = Sampler().sample(logits.clone(), sequences)

@@ -43,6 +43,7 @@ from ollamapy.triton_kernels import (
     attention_plan,
     cache,
     decode,
+    edits,
     embedding,
     layout,
     linear,
@@ -123,9 +124,9 @@ def edit() -> None:
     """Of two rows with a list each."""
     logits = torch.zeros(2, 128256)
     params = SamplingParams(repeat_penalty=1.1, suppress_ids=(7, 8))
-    edits = Editor().of([Sequence(0, array("q", [1, 2, 3]), params, 99)] * 2, logits)
-    assert edits is not None
-    sampling.edit(logits, edits)
+    changes = Editor().of([Sequence(0, array("q", [1, 2, 3]), params, 99)] * 2, logits)
+    assert changes is not None
+    edits.edit(logits, changes)
 
 
 def mix(tokens: int) -> object:
@@ -219,6 +220,7 @@ def usual_cases() -> dict[str, Case]:
         "experts MXFP4, 64 tokens": (lambda: mix(64), False),
         "told": (lambda: sampling.told(torch.zeros(2, 128256), torch.arange(2), torch.arange(2), 20), False),
         "edits": (edit, False),
+        "masks": (lambda: edits.forbid(torch.zeros(2, 128256), [1, 0], np.zeros((2, 4008), dtype=np.int32)), False),
     }
 
 
