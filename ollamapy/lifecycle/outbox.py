@@ -1,6 +1,6 @@
 """Events of an engine on their way to the daemon, and which of them may wait for the next. Knows no socket and no engine.
 
-Each message wakes the daemon, and that the client: 0.7 ms of a core's time together, whatever is in it, where a step of a small
+Each message wakes the daemon, and that the client: 0.8 ms of a core's time together, whatever is in it, where a step of a small
 model takes 3 ms on both cores. So tokens that come sooner than INTERVAL after the last message wait for the next step's.
 First tokens, ends and everything else are sent at once, and with them what waited.
 """
